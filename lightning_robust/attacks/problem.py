@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is maximised over the images of one batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_robust.attacks.conditions import Model
+from lightning_robust.attacks.losses import labels_of
+
+__all__ = ["Problem", "check_batch"]
+
+# Gradients of confident samples are below the smallest float16 number; scaled by this much they are not.
+_HALF_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Images, targets and the per-sample loss to maximise.
+
+    Losses are added up, not averaged, so the gradient of a sample does not depend on the size of its batch.
+
+    Args:
+        model: maps images to logits ``[B, C]``.
+        x: clean images ``[B, ...]`` in the attack's working type.
+        y: classes ``[B]`` or probabilities ``[B, C]``; of the class to reach when targeted.
+        loss: per-sample loss ``(logits, reference) -> [B]``.
+        reference: what the loss compares with: ``y``, or clean log-probabilities.
+        dtype: the type the model takes.
+        targeted: lower the loss instead, and count a sample as fooled when ``y`` is predicted.
+        check: whether to look for NaN and infinity in the logits, which makes the host wait for the device.
+    """
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
+    reference: Tensor
+    dtype: torch.dtype
+    targeted: bool = False
+    check: bool = True
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits in at least float32.
+
+        Raises:
+            ValueError: the model returned something else than ``[B, C]``, or NaN or infinity.
+        """
+        logits = self.model(x.to(self.dtype))
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise ValueError(f"Expected logits [B, C] from the model but got {list(logits.shape)} for {len(x)} images.")
+        if self.check and not logits.isfinite().all():
+            raise ValueError(
+                "The attacked model returned NaN or infinite logits, which would pass for robustness; look for "
+                "diverged weights or overflow in half precision."
+            )
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def clean_log_probabilities(self) -> Tensor:
+        """The model's own prediction for the clean images; one forward pass."""
+        return self._logits_only(self.x).log_softmax(1)
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """What is maximised, per sample."""
+        values = self.loss(logits, self.reference)
+        return -values if self.targeted else values
+
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Whether each sample is misclassified, or classified as wanted when targeted."""
+        hit = logits.argmax(1) == labels_of(self.y)
+        return hit if self.targeted else ~hit
+
+    def gradient(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the loss with respect to the images, and the logits; one forward and one input-backward."""
+        x_adv = x_adv.detach().requires_grad_()
+        logits = self.logits(x_adv)
+        total = self.losses(logits).sum()
+        if not self._half():
+            (gradient,) = torch.autograd.grad(total, x_adv)
+        else:
+            (gradient,) = torch.autograd.grad(total * _HALF_SCALE, x_adv)
+            # an overflow keeps its sign; of an undefined difference of overflows nothing is known
+            gradient = gradient.nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0)
+        return gradient, logits.detach()
+
+    def judge(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and success of each sample; one forward pass."""
+        logits = self._logits_only(x_adv)
+        return self.losses(logits), self.fooled(logits)
+
+    def select(self, index: Tensor) -> "Problem":
+        """The same problem for some of the samples."""
+        return replace(self, x=self.x[index], y=self.y[index], reference=self.reference[index])
+
+    def _logits_only(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = self.logits(x)
+        # before torch 2.7 autocast may have kept copies of the weights that carry no gradient
+        torch.clear_autocast_cache()
+        return logits
+
+    def _half(self) -> bool:
+        kind = self.x.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return autocast or self.dtype == torch.float16
+
+
+def check_batch(x: Tensor, y: Tensor) -> None:
+    """Refuse images and targets of the wrong type or shape; reads no values.
+
+    Args:
+        x: images ``[B, ...]``.
+        y: classes ``[B]`` or probabilities ``[B, C]``.
+
+    Raises:
+        TypeError: the images hold no floating-point numbers.
+        ValueError: the shapes of ``x`` and ``y`` do not belong together.
+    """
+    if not x.is_floating_point():
+        raise TypeError(
+            f"Expected floating-point images but got {x.dtype}; convert them, for example with x.float() / 255."
+        )
+    hard = y.ndim == 1 and not y.is_floating_point() and not y.is_complex()
+    soft = y.ndim == 2 and y.is_floating_point()
+    if x.ndim < 2 or len(x) != len(y) or not (hard or soft):
+        raise ValueError(
+            "Expected images [B, ...] with integer classes [B] or probabilities [B, C] but got images "
+            f"{list(x.shape)} with a target {list(y.shape)} of {y.dtype}."
+        )

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe and the options of the command line to a Trainer, a module and data: Lightning's own configuration."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_robust.attacks import Attack
+from lightning_robust.cli.catalog import import_rooms
+from lightning_robust.cli.errors import UsageError
+from lightning_robust.cli.messages import build_refusal, check_methods, parse_refusal
+
+__all__ = ["LINKED", "RecipeCLI"]
+
+#: What the data knows and the model needs; never asked twice.
+LINKED = ("num_classes", "in_chans", "mean", "std")
+
+
+class RecipeCLI(LightningCLI):
+    """A recipe that is parsed at once and built on demand.
+
+    Beside Lightning's own parts (``model``, ``data``, ``trainer``, ``optimizer``, ``lr_scheduler``,
+    ``seed_everything``) a recipe has ``methods``, callbacks by name; ``monitor`` and ``monitor_mode``, the metric
+    whose best epoch is kept; ``evaluation``, how the result is measured; ``baseline``, the recipe to compare with.
+
+    Args:
+        config: The recipe.
+        changes: Options of the command line, which win over the recipe.
+
+    Raises:
+        UsageError: If the configuration is not accepted.
+    """
+
+    def __init__(self, config: dict[str, Any], changes: Sequence[str] = ()) -> None:
+        import_rooms()
+        check_methods(config, changes)
+        self.given = config
+        self.changes = tuple(changes)
+        self.own_callbacks: list[Callback] = []
+        self.own_trainer_options: dict[str, Any] = {}
+        self._built = False
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recipe.yaml"
+            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            super().__init__(
+                args=["--config", str(path), *changes],
+                run=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+                load_from_checkpoint_support=False,
+            )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--methods", type=dict[str, Optional[Callback]], default={}, help="callbacks by a name of your choice"
+        )
+        parser.add_argument("--monitor", type=str, default="val/acc", help="metric whose best epoch is kept")
+        parser.add_argument("--monitor_mode", type=str, default="max", choices=["max", "min"])
+        parser.add_argument("--baseline", type=Optional[str], default=None, help="recipe to compare with")
+        parser.add_argument("--evaluation.attack", type=Optional[Attack], default=None, help="attack to withstand")
+        parser.add_argument(
+            "--evaluation.max_attacked", type=Optional[int], default=None, help="attack only the first so many samples"
+        )
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning's own version warns whenever the process has arguments, which is always the case here.
+        try:
+            self.config = parser.parse_args(args)
+        except (ArgumentError, ValueError, TypeError, KeyError) as error:
+            options = [action.dest for action in parser._actions]
+            raise parse_refusal(error, options, self.given, self.changes) from error
+
+    @override
+    def instantiate_classes(self) -> None:
+        # Called by the base constructor: nothing is built before `build` says so.
+        if self._built:
+            super().instantiate_classes()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = self.config_init.trainer
+        methods = [method for method in (self.config_init.methods or {}).values() if method is not None]
+        given = trainer.callbacks or []
+        listed = list(given) if isinstance(given, list) else [given]
+        options = {**self.own_trainer_options, **kwargs}
+        return super().instantiate_trainer(callbacks=[*listed, *methods, *self.own_callbacks], **options)
+
+    def build(self, *callbacks: Callback, **trainer_options: Any) -> None:
+        """Seed everything, then build data, module and Trainer.
+
+        Args:
+            *callbacks: Callbacks to add after those of the recipe.
+            **trainer_options: Options of the Trainer that win over the recipe's.
+
+        Raises:
+            UsageError: If a constructor refuses, or module and data disagree.
+        """
+        self.own_callbacks = list(callbacks)
+        self.own_trainer_options = trainer_options
+        self._built = True
+        self._set_seed()
+        try:
+            self.instantiate_classes()
+        except UsageError:
+            raise
+        except Exception as error:
+            raise build_refusal(error) from error
+        self._refuse_disagreement()
+
+    def text(self) -> str:
+        """The whole configuration as YAML, every default written out."""
+        return str(self.parser.dump(self.config, skip_none=False))
+
+    def fingerprint(self) -> str:
+        """A digest of everything that decides the outcome of training: configuration, versions, the library's code."""
+        values = yaml.safe_load(self.text())
+        for measured_later in ("evaluation", "baseline"):
+            values.pop(measured_later, None)
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+        for package in ("torch", "lightning", "timm"):
+            digest.update(f"{package} {version(package)}".encode())
+        for room in ("lightning_robust", "lightning_robust.callbacks"):
+            _add_code(digest, files(room))
+        return digest.hexdigest()
+
+    def _refuse_disagreement(self) -> None:
+        """A link silently overrides what the user gave to the model; that must not happen."""
+        for name in LINKED:
+            if self.datamodule is None or not hasattr(self.datamodule, name):
+                continue
+            asked = self._given_to_model(name)
+            offered = getattr(self.datamodule, name)
+            if asked is not None and _plain(asked) != _plain(offered):
+                raise UsageError(
+                    f"`model.{name}` is {_plain(asked)} but {type(self.datamodule).__name__} has {_plain(offered)}.",
+                    f"Leave `model.{name}` out: it is taken from the data.",
+                )
+
+    def _given_to_model(self, name: str) -> Any:
+        asked = (self.given.get("model") or {}).get("init_args", {}).get(name)
+        words = list(self.changes)
+        for index, word in enumerate(words):
+            option, equals, value = word.partition("=")
+            if option in (f"--model.{name}", f"--model.init_args.{name}"):
+                asked = yaml.safe_load(value if equals else words[index + 1])
+        return asked
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _add_code(digest: Any, folder: Any) -> None:
+    for entry in sorted(folder.iterdir(), key=lambda entry: str(entry.name)):
+        if entry.is_dir() and entry.name != "__pycache__":
+            _add_code(digest, entry)
+        elif entry.name.endswith(".py"):
+            digest.update(entry.name.encode() + entry.read_bytes())

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lightning-robust``: understand the command line, import what the command needs, and turn refusals into a few lines."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_robust import __version__
+from lightning_robust.cli.errors import FAILED, CommandError
+
+__all__ = ["main"]
+
+EPILOG = """\
+start here:
+  lightning-robust list                                      what there is
+  lightning-robust run digits-robust                         train, attack, calibrate; ends with a table and a picture
+  lightning-robust run digits-sam --methods.sharpness.method.rho 0.1 --trainer.max_epochs 5
+  lightning-robust copy digits-sam mine.yaml                 then: lightning-robust run mine.yaml
+"""
+
+RUN_USAGE = """lightning-robust run RECIPE [--out FOLDER] [--baseline RECIPE|none] [--fresh] [--any.option VALUE ...]
+       lightning-robust run --resume RUN_FOLDER
+
+  RECIPE                name of a recipe (lightning-robust list), or a YAML file
+  --out FOLDER          where run folders go: FOLDER/<recipe>/<n>/ (default: runs)
+  --baseline RECIPE     compare with this recipe instead of the one that the recipe names; `none` for no comparison
+  --fresh               train the baseline again even when an identical finished run exists
+  --resume RUN_FOLDER   continue a stopped run from its last checkpoint with its own configuration"""
+
+CHANGES = """\
+Every value of a recipe can be changed by its path:
+  --trainer.max_epochs 5              --model.backbone resnet18           --data.batch_size 64
+  --methods.sharpness.method.rho 0.1  one option of the method that the recipe calls `sharpness`
+  --methods.sharpness null            leave a method out
+  --methods.extra ClassName --methods.extra.option 3                      add one (see: lightning-robust methods)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 when it failed, 2 when it was not understood.
+
+    Args:
+        argv: The arguments after the program's name; the process's own by default.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
+    # argparse would claim the options of a recipe for itself, so it sees only the name of these two commands.
+    passes_on = bool(words) and words[0] in {"run", "check"} and not {"-h", "--help"} & set(words)
+    options = parser.parse_args(words[:1] if passes_on else words)
+    options.words = words[1:]
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.call(options) or 0)
+    except CommandError as error:
+        _complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; closing stdout here keeps the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        _complain("Stopped.")
+        return 130
+
+
+def _complain(text: str) -> None:
+    if os.environ.get("LIGHTNING_ROBUST_TRACEBACK"):
+        traceback.print_exc()
+    first, *rest = text.splitlines() or [""]
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("error:", style="bold red", end=" ")
+    console.print(first, markup=False, highlight=False)
+    for line in rest:
+        console.print(f"  {line.strip()}" if line == line.lstrip() else line, markup=False, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-robust",
+        description="Robust, flat and calibrated training on Lightning: recipes from the command line.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-robust {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        # Sub-parsers do not inherit allow_abbrev: without it `--forc` would pass for `--force`.
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    sub = command("list", "Table of recipes: what each shows and what it costs.")
+    sub.set_defaults(call=_list)
+
+    sub = command("show", "Print a recipe.")
+    sub.add_argument("recipe", help="name of a recipe, or a YAML file")
+    sub.set_defaults(call=_show)
+
+    sub = command("copy", "Copy a recipe to a file of your own.")
+    sub.add_argument("recipe", help="name of a recipe")
+    sub.add_argument("target", nargs="?", type=Path, default=Path(), help="file or folder to write (default: here)")
+    sub.add_argument("--force", action="store_true", help="overwrite an existing file")
+    sub.set_defaults(call=_copy)
+
+    sub = command("methods", "Table of the callbacks, or the options of one of them.")
+    sub.add_argument("name", nargs="?", help="name of a class, for example SharpnessAware or SAM")
+    sub.set_defaults(call=_methods)
+
+    sub = command("check", "Build everything, run one batch, print the order of the step and its cost.", CHANGES)
+    sub.usage = "lightning-robust check RECIPE [--baseline RECIPE|none] [--any.option VALUE ...]"
+    sub.set_defaults(call=_check)
+
+    sub = command("run", "Train a recipe (and the baseline that it names), evaluate, and compare.", CHANGES)
+    sub.usage = RUN_USAGE
+    sub.set_defaults(call=_run)
+
+    sub = command("report", "Table, and optionally a picture, of several runs side by side.")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    sub.add_argument("--plot", type=Path, metavar="PNG", help="write a picture, and its numbers as CSV beside it")
+    sub.set_defaults(call=_report)
+
+    sub = command("env", "Versions and platform, for a bug report.")
+    sub.set_defaults(call=_env)
+    return parser
+
+
+# Each command imports what it needs: `list`, `show`, `copy` and `report` must not wait for torch.
+
+
+def _list(options: argparse.Namespace) -> None:
+    from lightning_robust.cli.tables import recipe_table
+
+    console = Console()
+    console.print(recipe_table())
+    console.print("Run one:  lightning-robust run NAME\nRead one: lightning-robust show NAME", highlight=False)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from rich.syntax import Syntax
+
+    from lightning_robust.cli.recipes import load_recipe
+
+    text = load_recipe(options.recipe).text
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(text.rstrip(), "yaml", background_color="default"))
+    else:
+        sys.stdout.write(text)
+
+
+def _copy(options: argparse.Namespace) -> None:
+    from lightning_robust.cli.recipes import copy_recipe
+
+    written = copy_recipe(options.recipe, options.target, force=options.force)
+    Console().print(f"Wrote {written}. Run it with: lightning-robust run {written}", markup=False, highlight=False)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from lightning_robust.cli.methods import method_help, method_table
+
+    Console().print(method_table() if options.name is None else method_help(options.name))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from lightning_robust.cli.arguments import parse_check
+
+    arguments = parse_check(options.words)
+
+    from lightning_robust.cli.check import check
+
+    check(arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lightning_robust.cli.arguments import parse_run
+
+    arguments = parse_run(options.words)
+
+    from lightning_robust.cli.runner import run
+
+    return run(arguments)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lightning_robust.cli.report import report
+
+    report(options.runs, plot=options.plot)
+
+
+def _env(options: argparse.Namespace) -> None:
+    from lightning_robust.cli.tables import environment_table
+
+    Console().print(environment_table())

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses on logits: criteria that see the target, and penalties that do not. Plain PyTorch."""
+
+from lightning_robust.losses.criterion import Criterion
+from lightning_robust.losses.cross_entropy import CrossEntropy, cross_entropy
+from lightning_robust.losses.logit_penalty import LogitPenalty, logit_norm_penalty
+from lightning_robust.losses.maxsup import MaxSup, maxsup_penalty
+from lightning_robust.losses.precision import autocast_off, full_precision
+from lightning_robust.losses.regularizers import LogitRegularizer
+from lightning_robust.losses.schedules import Constant, Linear, Schedule
+
+__all__ = [
+    "Constant",
+    "Criterion",
+    "CrossEntropy",
+    "Linear",
+    "LogitPenalty",
+    "LogitRegularizer",
+    "MaxSup",
+    "Schedule",
+    "autocast_off",
+    "cross_entropy",
+    "full_precision",
+    "logit_norm_penalty",
+    "maxsup_penalty",
+]

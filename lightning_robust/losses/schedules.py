@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that change from epoch to epoch, as small value objects that a configuration can hold."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from typing_extensions import override
+
+from lightning_robust.checks import check_choice, check_integer
+
+__all__ = ["Constant", "Linear", "Schedule", "as_schedule"]
+
+
+class Schedule(ABC):
+    """A number as a function of the epoch; it has no state, so nothing has to be saved or resumed."""
+
+    @abstractmethod
+    def at(self, epoch: int, max_epochs: int) -> float:
+        """Return the value in ``epoch`` (counted from 0) of a run of ``max_epochs`` epochs (-1: unknown)."""
+
+    def __eq__(self, other: object) -> bool:
+        """Two schedules are equal when they are of one class and have the same arguments."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
+
+class Constant(Schedule):
+    """The same value in every epoch.
+
+    Args:
+        value: The value.
+
+    Example:
+        >>> from lightning_robust.losses import Constant
+        >>> Constant(value=0.1).at(epoch=7, max_epochs=-1)
+        0.1
+    """
+
+    def __init__(self, *, value: float) -> None:
+        _check_finite("value", value)
+        self.value = value
+
+    @override
+    def at(self, epoch: int, max_epochs: int) -> float:
+        check_integer("epoch", epoch, 0)
+        return self.value
+
+
+class Linear(Schedule):
+    """A straight line from ``start`` to ``end``, one value per epoch; after its last epoch it stays there.
+
+    ``value(t) = start + (end - start) * t / D`` with ``D = T - 1`` (``end`` is reached in the last epoch) or
+    ``D = T`` (``end`` is approached but not reached), where ``T`` is ``epochs`` or, by default, the length of the run.
+
+    The three published MaxSup schedules from 0.1 to 0.2 are ``denominator="T"`` (the paper's text and its ImageNet
+    loss class), ``denominator="T-1"`` (its ResNet and long-tail code), and ``denominator="T-1", epochs=300``, which
+    is the division by 299 in its DeiT code.
+
+    Args:
+        start: Value in epoch 0.
+        end: Value at the end of the line.
+        denominator: ``"T-1"`` to reach ``end`` in the last epoch, ``"T"`` to stop one step before it.
+        epochs: Number of epochs ``T`` of the line; by default ``max_epochs`` of the run.
+
+    Example:
+        >>> from lightning_robust.losses import Linear
+        >>> schedule = Linear(start=0.1, end=0.2)
+        >>> [round(schedule.at(epoch, max_epochs=3), 3) for epoch in range(3)]
+        [0.1, 0.15, 0.2]
+    """
+
+    def __init__(
+        self, *, start: float, end: float, denominator: Literal["T-1", "T"] = "T-1", epochs: int | None = None
+    ) -> None:
+        _check_finite("start", start)
+        _check_finite("end", end)
+        check_choice("denominator", denominator, ("T-1", "T"))
+        if epochs is not None:
+            check_integer("epochs", epochs, 1)
+        self.start = start
+        self.end = end
+        self.denominator = denominator
+        self.epochs = epochs
+
+    @override
+    def at(self, epoch: int, max_epochs: int) -> float:
+        check_integer("epoch", epoch, 0)
+        length = max_epochs if self.epochs is None else self.epochs
+        if length < 1:
+            raise ValueError(
+                f"Expected `max_epochs` to be known for a linear schedule but got {max_epochs!r}; "
+                "set `max_epochs` of the Trainer, or `epochs` of the schedule."
+            )
+        steps = length - 1 if self.denominator == "T-1" else length
+        # A line of one epoch with "T-1" has no second point: it stays at its start.
+        progress = min(epoch / steps, 1.0) if steps else 0.0
+        return self.start + (self.end - self.start) * progress
+
+
+def as_schedule(name: str, value: float | Schedule) -> Schedule:
+    """Return ``value`` as a schedule; ``name`` is the argument that a refusal names."""
+    if isinstance(value, Schedule):
+        return value
+    _check_finite(name, value)
+    return Constant(value=value)
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"Expected `{name}` to be a finite number but got {value!r}.")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading inputs and targets out of somebody else's batch, and putting new ones back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["BatchAdapter", "loss_of", "replace_loss"]
+
+INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values", "img")
+TARGET_KEYS = ("label", "labels", "y", "target", "targets")
+
+
+class BatchAdapter:
+    """Reads ``(x, y)`` from a batch and writes them back into a new one of the same form.
+
+    Pairs and longer sequences hold the input first and the target second (a third entry, an index say, is kept);
+    mappings are searched for the usual keys. The user's batch is never changed.
+
+    Args:
+        input_key: key (mapping) or position (sequence) of the input; found by itself when ``None``.
+        target_key: key or position of the target; found by itself when ``None``.
+
+    Raises:
+        TypeError: the batch is neither a sequence nor a mapping, or its entries are not tensors.
+        KeyError: a mapping has none of the usual keys.
+
+    Example:
+        >>> import torch
+        >>> adapter = BatchAdapter()
+        >>> x, y = adapter.unpack({"image": torch.zeros(2, 3), "label": torch.ones(2)})
+        >>> sorted(adapter.repack({"image": x, "label": y, "id": 7}, x=x + 1))
+        ['id', 'image', 'label']
+    """
+
+    def __init__(self, input_key: str | int | None = None, target_key: str | int | None = None) -> None:
+        self.input_key = input_key
+        self.target_key = target_key
+
+    def __repr__(self) -> str:
+        return f"BatchAdapter(input_key={self.input_key!r}, target_key={self.target_key!r})"
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return input and target of ``batch``."""
+        input_key, target_key = self._keys(batch)
+        x, y = batch[input_key], batch[target_key]
+        for key, value in ((input_key, x), (target_key, y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"Expected entry {key!r} of the batch to be a tensor but got {type(value).__name__}; name the "
+                    "right entries with batch=BatchAdapter(input_key=..., target_key=...)."
+                )
+        return x, y
+
+    def repack(self, batch: Any, x: Tensor | None = None, y: Tensor | None = None) -> Any:
+        """Return a batch like ``batch`` with the input and/or the target replaced."""
+        input_key, target_key = self._keys(batch)
+        new = {key: value for key, value in ((input_key, x), (target_key, y)) if value is not None}
+        if isinstance(batch, Mapping):
+            return _like_mapping(batch, {**batch, **new})
+        return _like_sequence(batch, [new.get(index, entry) for index, entry in enumerate(batch)])
+
+    def _keys(self, batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, Mapping):
+            return (
+                self.input_key if self.input_key is not None else _find(batch, INPUT_KEYS, "input_key"),
+                self.target_key if self.target_key is not None else _find(batch, TARGET_KEYS, "target_key"),
+            )
+        if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) >= 2:
+            return (
+                self.input_key if self.input_key is not None else 0,
+                self.target_key if self.target_key is not None else 1,
+            )
+        raise TypeError(
+            f"Cannot read inputs and targets from a batch of type {type(batch).__name__}: expected a sequence "
+            "(input, target, ...) or a mapping; make the loader return one, or subclass BatchAdapter and pass it as "
+            "batch=..."
+        )
+
+
+def _find(batch: Mapping[Any, Any], names: Sequence[str], argument: str) -> str:
+    for name in names:
+        if name in batch:
+            return name
+    raise KeyError(
+        f"The batch has the keys {sorted(map(str, batch))}, none of {list(names)}; name the right one with "
+        f"batch=BatchAdapter({argument}=...)."
+    )
+
+
+def _like_mapping(batch: Mapping[Any, Any], content: dict[Any, Any]) -> Any:
+    # Hugging Face batches and the like are built from a dictionary; plain dictionaries stay plain.
+    return content if type(batch) is dict else type(batch)(content)  # type: ignore[call-arg]
+
+
+def _like_sequence(batch: Sequence[Any], content: list[Any]) -> Any:
+    if hasattr(batch, "_fields"):  # a namedtuple takes its entries one by one
+        return type(batch)(*content)
+    return type(batch)(content)  # type: ignore[call-arg]
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a ``training_step`` returned: the tensor itself, entry ``"loss"`` of a mapping, or ``None``.
+
+    Args:
+        output: return value of a training step.
+
+    Raises:
+        TypeError: the output holds no loss.
+    """
+    if output is None or isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss: Tensor = output["loss"]
+        return loss
+    raise TypeError(
+        f"Expected training_step to return a loss tensor, a mapping with a 'loss' tensor, or None but got "
+        f"{type(output).__name__}."
+    )
+
+
+def replace_loss(output: Any, loss: Tensor) -> Any:
+    """Return ``output`` with its loss replaced, in the same form; the given object stays as it is.
+
+    Args:
+        output: return value of a training step.
+        loss: the scalar that takes the place of the loss.
+    """
+    if isinstance(output, Mapping):
+        return _like_mapping(output, {**output, "loss": loss})
+    return loss

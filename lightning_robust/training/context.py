@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a callback may see and do during one training step."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_robust.guards import RandomState, buffers_restored, module_devices
+from lightning_robust.training.logits import LogitsCapture, LogitsFunction
+from lightning_robust.training.quiet import QuietGate
+
+if TYPE_CHECKING:
+    from lightning_robust.training.callback import StepCallback
+
+__all__ = ["RunStep", "StepContext", "derive_seed"]
+
+RunStep = Callable[[Any], Any]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of its arguments alone, the same on every platform and in every process.
+
+    Args:
+        *parts: anything with a stable text form: the global seed, rank, epoch, batch index, a purpose.
+
+    Example:
+        >>> derive_seed(0, 1, "attack") == derive_seed(0, 1, "attack") != derive_seed(0, 2, "attack")
+        True
+    """
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class StepContext:
+    """One training step as the wrapping callbacks see it.
+
+    Attributes:
+        trainer: the running Trainer.
+        pl_module: the LightningModule.
+        batch_idx: index of the batch in the epoch.
+        batch_as_loaded: the batch as the loader gave it.
+        current_batch: the batch that the innermost step saw last.
+        passes: index of the running pass; 0 is the clean one, the only one that logs and counts.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        captures: dict[str | None, LogitsCapture],
+        gate: QuietGate,
+        seed: str,
+    ) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.batch_idx = batch_idx
+        self.batch_as_loaded = batch
+        self.current_batch = batch
+        self.passes = 0
+        self.devices = module_devices(pl_module)
+        self._captures = captures
+        self._gate = gate
+        self._seed = seed
+        self._core: RunStep | None = None
+        self._output: Any = None
+
+    def logits(self, callback: "StepCallback") -> Tensor:
+        """Logits ``[B, C]`` of the innermost step's last pass, with their graph."""
+        return self._captures[callback.logits_from].take(self._output)
+
+    def model(self, callback: "StepCallback") -> Callable[[Tensor], Tensor]:
+        """The map ``x -> logits`` of the module; its calls are neither logged nor counted."""
+        return _QuietLogits(self._gate, LogitsFunction(self.pl_module, callback.logits_from))
+
+    def generator(self, device: torch.device, salt: str) -> torch.Generator:
+        """A generator that depends on the global seed, rank, epoch, batch and ``salt`` only.
+
+        It therefore continues exactly after a resume, and draws differ between ranks and between callbacks.
+        """
+        seed = derive_seed(self._seed, self.trainer.global_rank, self.trainer.current_epoch, self.batch_idx, salt)
+        return torch.Generator(device).manual_seed(seed)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """``pl_module.log`` in the clean pass; nothing in the others."""
+        self.pl_module.log(name, value, **kwargs)
+
+    def replace_core(self, step: RunStep) -> None:
+        """Let ``step(batch)`` take the place of the module's own training step in this batch."""
+        if self._core is not None:
+            raise RuntimeError("Two objectives want to replace the same training step; keep one of them.")
+        self._core = step
+
+    @contextmanager
+    def repeated_pass(self, replay: RandomState | None) -> Iterator[None]:
+        """A further pass over the same batch: silent, buffers put back, and with the random numbers of ``replay``."""
+        self.passes += 1
+        try:
+            with self._gate.silence(), buffers_restored(self.pl_module):
+                if replay is not None:
+                    replay.restore()
+                yield
+        finally:
+            self.passes -= 1
+
+    def _run_core(self, step: RunStep, batch: Any) -> Any:
+        self.current_batch = batch
+        for capture in self._captures.values():
+            capture.clear()
+        self._output = (self._core or step)(batch)
+        return self._output
+
+
+class _QuietLogits:
+    def __init__(self, gate: QuietGate, function: LogitsFunction) -> None:
+        self.module = function.module
+        self._gate = gate
+        self._function = function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self._gate.silence():
+            return self._function(x)

@@ -1,0 +1,66 @@
+"""Options and surroundings shared by all tests: quiet, seeded, and in a folder of their own."""
+
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        type=Path,
+        default=None,
+        help="folder of recorded values, FAMILY/METHOD_CASE.npz (default: ../shared/golden beside the repository)",
+    )
+    parser.addoption(
+        "--dist-folder",
+        metavar="DIR",
+        type=Path,
+        default=None,
+        help="test the sdist and wheel in DIR instead of building them",
+    )
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root folder of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_lightning() -> None:
+    """No promotional tips and device tables; what is logged as a warning is still shown."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for a test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run in an empty folder, so that nothing depends on the checkout and nothing is written into it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_double_imports() -> Iterator[None]:
+    """callbacks and recipes exist only inside the package: imported as top-level modules, every class exists twice."""
+    yield
+    strangers = {"callbacks", "recipes"} & set(sys.modules)
+    assert not strangers, f"imported past the package: {sorted(strangers)}; use lightning_robust.*"
