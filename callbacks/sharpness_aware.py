@@ -103,8 +103,6 @@ class SharpnessAware(StepCallback):
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = True
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"SharpnessAware needs exactly one optimizer but there are {len(trainer.optimizers)}.")
         optimizer = trainer.optimizers[0]
         name = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):

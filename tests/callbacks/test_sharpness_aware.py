@@ -1,0 +1,302 @@
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, loader, trainer, weights_of
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lightning_robust.callbacks import SharpnessAware
+from lightning_robust.sharpness import ASAM, SAM, SharpnessMethod, sharp_backward
+
+
+class Still(SharpnessMethod):
+    """Evaluates again at the same weights: training must equal plain training, bit by bit."""
+
+    def direction(self, weights, gradients, gradient_at):
+        return gradient_at([torch.zeros_like(g) for g in gradients])
+
+
+def fit(module, *callbacks, form="pair", seed=0, **kwargs):
+    L.seed_everything(seed)
+    run = trainer(*callbacks, **{"max_epochs": 2, **kwargs})
+    run.fit(module, loader(form=form))
+    return run
+
+
+@pytest.mark.parametrize("module", [PlainModule, DictModule, CollectionModule])
+def test_no_perturbation_is_plain_training(module):
+    form = {PlainModule: "pair", DictModule: "dict", CollectionModule: "triple"}[module]
+    plain, ours = module(dropout=0.4), module(dropout=0.4)
+    first, second = fit(plain, form=form), fit(ours, SharpnessAware(Still()), form=form)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    for name, value in first.callback_metrics.items():
+        assert torch.equal(value, second.callback_metrics[name]), name
+    assert second.callback_metrics["train/sharpness_gap"] == 0
+
+
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("method", [SAM(rho=0.2), ASAM(rho=0.5)], ids=["sam", "asam"])
+def test_equals_the_plain_loop(method, replay):
+    ours = PlainModule(dropout=0.4)
+    reference = copy.deepcopy(ours).train()
+    optimizer = reference.configure_optimizers()
+    fit(ours, SharpnessAware(method, replay=replay))
+    L.seed_everything(0)
+    for _ in range(2):
+        for x, y in loader():
+            optimizer.zero_grad()
+            sharp_backward(
+                lambda x=x, y=y: F.cross_entropy(reference.net(x), y),
+                method,
+                optimizer,
+                module=reference,
+                replay=replay,
+            )
+            optimizer.step()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+
+
+def test_logs_and_metrics_are_those_of_the_clean_pass():
+    losses, counts = [], []
+
+    class Watched(PlainModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses.append(loss.detach())
+            counts.append(self.train_acc.update_count)
+            return loss
+
+    run = fit(Watched(), SharpnessAware(SAM(rho=0.5)), max_epochs=1)
+    clean, moved = losses[0::2], losses[1::2]
+    torch.testing.assert_close(run.callback_metrics["train_loss"], torch.stack(clean).mean())
+    torch.testing.assert_close(
+        run.callback_metrics["train/sharpness_gap"], (torch.stack(moved) - torch.stack(clean)).mean()
+    )
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_hooks_see_clean_weights_and_the_clean_loss_once():
+    events = []
+
+    class Probe(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.weights = weights_of(pl_module).clone()
+            with torch.no_grad():
+                net = copy.deepcopy(pl_module.net)
+                self.loss = F.cross_entropy(net(batch[0]), batch[1])
+
+        def see(self, name, pl_module):
+            events.append(name)
+            assert torch.equal(weights_of(pl_module), self.weights), name
+
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            self.see("zero", pl_module)
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            self.see("before backward", pl_module)
+            assert torch.equal(loss.detach(), self.loss)
+
+        def on_after_backward(self, trainer, pl_module):
+            self.see("after backward", pl_module)
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.see("optimizer", pl_module)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert torch.equal(outputs["loss"], self.loss)
+
+    fit(PlainModule(), SharpnessAware(), Probe(), max_epochs=1, limit_train_batches=2)
+    assert events == ["zero", "before backward", "after backward", "optimizer"] * 2
+
+
+def test_scaler_backs_off_like_plain_training():
+    def scale_after(*callbacks):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        plugin = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+        module = PlainModule()
+        run = trainer(*callbacks, max_epochs=8, plugins=[plugin])
+        run.fit(module, loader())
+        assert torch.isfinite(weights_of(module)).all()
+        return scaler.get_scale()
+
+    assert scale_after(SharpnessAware(Still())) == scale_after() < 2.0**40
+    assert scale_after(SharpnessAware(SAM(rho=0.05))) < 2.0**40
+
+
+def test_parameters_are_read_in_every_step():
+    class Unfreeze(L.pytorch.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+    class Trainable(PlainModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    module = Trainable()
+    before = module.net[0].weight.clone()
+    fit(module, SharpnessAware(), Unfreeze(), max_epochs=1)
+    assert torch.equal(module.net[0].weight, before)
+    module = Trainable()
+    fit(module, SharpnessAware(), Unfreeze(), max_epochs=2)
+    assert not torch.equal(module.net[0].weight, before)
+
+
+def test_tied_unused_and_unoptimized_parameters():
+    class Odd(PlainModule):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(2))
+            self.scale = nn.Parameter(torch.ones(1))
+            self.net[0].bias.requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.scale * self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for n, p in self.named_parameters() if n != "scale"], lr=0.1)
+
+    module = Odd()
+    bias = module.net[0].bias.clone()
+    fit(module, SharpnessAware(), max_epochs=1)
+    assert module.unused.grad is None
+    assert module.scale.grad is not None
+    assert torch.equal(module.scale, torch.ones(1))
+    assert torch.equal(module.net[0].bias, bias)
+
+
+def test_averaging_and_checkpoints_hold_clean_weights(tmp_path):
+    module = PlainModule()
+    saved = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+
+    class Probe(L.Callback):
+        def __init__(self):
+            self.weights = {}
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.weights[trainer.global_step] = weights_of(pl_module).clone()
+
+    probe = Probe()
+    fit(module, SharpnessAware(), probe, saved, max_epochs=1, enable_checkpointing=True)
+    for step, weights in probe.weights.items():
+        state = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(torch.cat([state[n].flatten() for n, _ in module.named_parameters()]), weights)
+    run = fit(PlainModule(), SharpnessAware(), EMAWeightAveraging(decay=0.5), max_epochs=1)
+    assert run.state.finished
+
+
+def test_the_same_object_fits_twice():
+    callback = SharpnessAware()
+    first, second = PlainModule(), PlainModule()
+    fit(first, callback)
+    fit(second, callback)
+    assert torch.equal(weights_of(first), weights_of(second))
+
+
+@pytest.mark.parametrize("mode", [{"fast_dev_run": True}, {"barebones": True}, {"overfit_batches": 1}])
+def test_trainer_modes(mode):
+    module = PlainModule()
+    before = weights_of(module).clone()
+    if "barebones" in mode:
+        mode = {**mode, **dict.fromkeys(("logger", "enable_checkpointing", "num_sanity_val_steps"), None)}
+        mode |= {"enable_progress_bar": None, "enable_model_summary": None}
+
+        class Silent(PlainModule):
+            def training_step(self, batch, batch_idx):
+                return F.cross_entropy(self(batch[0]), batch[1])
+
+        module = Silent()
+    L.seed_everything(0)
+    run = trainer(SharpnessAware(), **mode)
+    run.fit(module, loader())
+    assert not torch.equal(weights_of(module), before)
+
+
+def test_checkpointing_without_reentry_is_exact_and_with_it_is_refused():
+    class Checkpointed(PlainModule):
+        reentrant = False
+
+        def forward(self, x):
+            # a re-entrant segment needs an input that requires grad to give its parameters any
+            x = x.requires_grad_() if self.reentrant else x
+            hidden = checkpoint(self.net[:3], x, use_reentrant=self.reentrant, preserve_rng_state=True)
+            return self.net[3:](hidden)
+
+    plain, ours = PlainModule(norm=False), Checkpointed(norm=False)
+    fit(plain, SharpnessAware())
+    fit(ours, SharpnessAware())
+    assert torch.equal(weights_of(plain), weights_of(ours))
+    Checkpointed.reentrant = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        fit(Checkpointed(norm=False), SharpnessAware())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true"])
+def test_pure_half_precision_warns(precision):
+    with pytest.warns(UserWarning, match='prefer "bf16-mixed"'):
+        fit(PlainModule(norm=False), SharpnessAware(), precision=precision, fast_dev_run=True)
+
+
+class Named(PlainModule):
+    optimizer: type[torch.optim.Optimizer] | None = None
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+def test_optimizers_that_cannot_work_are_refused():
+    class Inner(torch.optim.SGD):
+        def first_step(self):
+            raise AssertionError
+
+        second_step = first_step
+
+    class WithSAM(Named):
+        optimizer = Inner
+
+    class WithLBFGS(Named):
+        optimizer = torch.optim.LBFGS
+
+    with pytest.raises(ValueError, match="Inner is itself sharpness-aware"):
+        fit(WithSAM(), SharpnessAware())
+    with pytest.raises(ValueError, match="LBFGS"):
+        fit(WithLBFGS(), SharpnessAware())
+
+
+def test_two_optimizers_are_refused():
+    class Two(ManualModule):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    with pytest.raises(ValueError, match="needs automatic optimization, but Two steps its optimizers by hand"):
+        fit(Two(), SharpnessAware())
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_sharded_strategies_are_refused(name):
+    strategy = object.__new__(getattr(L.pytorch.strategies, name))
+    run = trainer()
+    run._accelerator_connector.strategy = strategy
+    with pytest.raises(ValueError, match=f"{name} does not keep on one device"):
+        SharpnessAware().check(run, PlainModule())
+
+
+def test_a_step_that_vanishes_on_repetition_is_refused():
+    class Forgetful(PlainModule):
+        calls = 0
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            return super().training_step(batch, batch_idx) if self.calls % 2 else None
+
+    with pytest.raises(RuntimeError, match="None when evaluated again"):
+        fit(Forgetful(), SharpnessAware())
