@@ -1,6 +1,7 @@
 """Options and surroundings shared by all tests: quiet, seeded, and in a folder of their own."""
 
 import logging
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -44,11 +45,14 @@ def quiet_lightning() -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded() -> Iterator[None]:
     """The same random numbers for a test, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    yield
+    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # left behind by seed_everything
+        os.environ.pop(variable, None)
 
 
 @pytest.fixture(autouse=True)

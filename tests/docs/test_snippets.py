@@ -20,6 +20,14 @@ from support.existing_project import names
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+# Read by Lightning's Trainer; what a snippet says itself wins.
+TRAINER_DEFAULTS = {
+    "accelerator": "cpu",
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "limit_train_batches": 2,
+    "logger": False,
+}
 TAKES_SECONDS = {"run", "check"}  # parsed here; the command line's own tests run them
 
 
@@ -51,11 +59,12 @@ def commands() -> list[str]:
     return list(found)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the page's earlier fit
+@pytest.mark.filterwarnings("ignore:The temperature was set to its")  # a few random samples
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for option, value in {"ACCELERATOR": "cpu", "LOGGER": "False", "ENABLE_PROGRESS_BAR": "False"}.items():
-        monkeypatch.setenv(f"PL_TRAINER_{option}", value)  # Lightning's own defaults; what a snippet says wins
-    monkeypatch.setenv("PL_TRAINER_LIMIT_TRAIN_BATCHES", "2")
+    for option, value in TRAINER_DEFAULTS.items():
+        monkeypatch.setenv(f"PL_TRAINER_{option.upper()}", str(value))
     namespace = names()
     for line, code in blocks(page, "python"):
         # empty lines in front, so that a traceback names the line of the page

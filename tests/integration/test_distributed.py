@@ -1,0 +1,101 @@
+"""Two-process DDP: both ranks agree, and equal a loop that averages the ranks' own gradients."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.ddp_matrix import CASES, WORLD, build
+from support.modules import Images
+from support.reference import METHODS, SEED, train
+
+TESTS = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    """Weights of every case and rank, from one launch."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": str(TESTS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test"}
+    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(WORLD)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "support.ddp_matrix", str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    return {
+        name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in CASES
+    }
+
+
+def rank_batches():
+    """What each rank's loader yields: every other sample, three at a time."""
+    data = Images()
+    epoch = []
+    for rank in range(WORLD):
+        x, y = data.x[rank::WORLD], data.y[rank::WORLD]
+        epoch.append(list(zip(x.split(3), y.split(3), strict=True)))
+    return [epoch, epoch]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_agree(states, name):
+    first, second = states[name]
+    for key, value in first.items():
+        if not key.startswith("train_acc") and "running" not in key:  # BatchNorm statistics are the ranks' own in DDP
+            assert torch.equal(value, second[key]), key
+
+
+COMPARED = [name for name, case in CASES.items() if "method" in case and not {"module", "norm"} & set(case)]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_equals_the_mean_of_the_ranks(states, name):
+    case = CASES[name]
+    module = build(case)
+    clip = ("norm", case["clip"]) if "clip" in case else None
+    method = METHODS[case["method"]]
+    train(
+        module,
+        method,
+        batches=rank_batches(),
+        accumulate=case.get("accumulate", 1),
+        clip=clip,
+        seed=SEED,
+        world=WORLD,
+    )
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(states[name][0][key], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_synced_ascent_equals_one_process_with_whole_batches(states):
+    module = build(CASES["sam-synced"])
+    whole = [
+        [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(*epoch, strict=True)]
+        for epoch in rank_batches()
+    ]
+    train(module, METHODS["sam"], batches=[[epoch] for epoch in whole])
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(states["sam-synced"][0][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_local_ascent_is_another_method(states):
+    """The ascent of each rank's own half batch is not the ascent of the whole batch; the documentation says so."""
+    local, synced = states["sam"][0], states["sam-synced"][0]
+    assert not torch.allclose(local["net.0.weight"], synced["net.0.weight"], rtol=1e-5, atol=1e-6)
