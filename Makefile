@@ -19,9 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two test processes on two cores: more threads per process only fight for the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-PACKAGE_FILES := find lightning_robust callbacks recipes -type f \( -name '*.py' -o -name '*.yaml' -o -name py.typed \)
-
-.PHONY: help demo test lint format types docs wheel-test conformance setup clean clean-all FORCE
+.PHONY: help demo test lint format types docs wheel-test conformance tree setup clean clean-all
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,12 +27,12 @@ help: ## list the targets
 demo: $(STAMPS)/demo ## set up .venv, train a standard and a robust model on real digits, print where the results are
 	@echo "==> lightning-robust run $(RECIPE)   (offline, CPU, about three minutes on two cores)"
 	@$(BIN)/lightning-robust run $(RECIPE)
-	@echo "==> results of this run: $$(ls -td runs/$(RECIPE)/*/ | head -n 1)"
+	@echo "==> results of this run: $$(ls -td runs/$(RECIPE)/*/ | sed -n 1p)"
 	@echo "    again, changed:      $(BIN)/lightning-robust run $(RECIPE) --help"
 
 test: $(STAMPS)/test ## set up .venv, run the whole test-suite on JOBS=2 processes (no network needed)
 	@echo "==> pytest -n $(JOBS)"
-	@$(TEST_ENV) $(BIN)/pytest -n $(JOBS) --dist worksteal -q $(ARGS)
+	@$(TEST_ENV) $(BIN)/pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
 
 conformance: $(STAMPS)/test ## compare with recorded values of the papers' code: make conformance GOLDEN=DIR
 	@$(TEST_ENV) $(BIN)/pytest tests/conformance $(if $(GOLDEN),--golden $(GOLDEN)) -q
@@ -48,65 +46,61 @@ format: $(STAMPS)/dev ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-types: $(STAMPS)/dev ## mypy --strict over the whole package, callbacks and recipes included
+types: $(STAMPS)/dev tree ## mypy --strict over the whole package, callbacks and recipes included
 	@echo "==> mypy --strict"
 	@$(BIN)/mypy
 
 docs: $(STAMPS)/dev ## build the documentation into docs/_build/html; warnings are errors
 	@echo "==> sphinx-build -W"
+	@rm -rf docs/api
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "    open docs/_build/html/index.html"
 
 wheel-test: $(STAMPS)/dev ## build sdist and wheel into dist/, install the wheel elsewhere, use it
 	@echo "==> python -m build, then the packaging tests on dist/"
 	@rm -rf dist
-	@$(BIN)/python -m build --outdir dist . > dist.log 2>&1 || { cat dist.log; rm -f dist.log; exit 1; }
-	@rm -f dist.log
+	@$(BIN)/python -m build --outdir dist . > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 	@$(TEST_ENV) $(BIN)/pytest tests/packaging --dist-folder dist -q
 
-setup: $(STAMPS)/dev ## set up .venv with everything a contributor needs
+setup: $(STAMPS)/dev tree ## set up .venv with everything a contributor needs
 
-clean: ## remove what was built (documentation, dist, caches); keeps .venv and runs/
+# mypy and editors look for files and know nothing of the mapping in pyproject.toml, so they get it as links.
+tree: ## build/tree: the package as it is installed, made of links, for mypy and editors
+	@rm -rf build/tree && mkdir -p build/tree/lightning_robust
+	@rm -rf lightning_robust/__pycache__
+	@for entry in lightning_robust/* callbacks recipes; do ln -s "../../../$$entry" build/tree/lightning_robust/; done
+
+clean: ## remove what was built (documentation, dist, caches); keeps .venv and runs
 	@echo "==> removing built files"
-	@rm -rf dist docs/_build docs/api/generated *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf dist docs/_build docs/api *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find lightning_robust callbacks recipes tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clean-all: clean ## also remove .venv and its link tree in build/
+clean-all: clean ## also remove .venv and build/
 	@echo "==> removing $(VENV) and build/"
 	@rm -rf $(VENV) build
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The environment. One stamp per amount of tools: demo (run it) < test (test it) < dev (all). A stamp is renewed when
-# pyproject.toml changed or when a file was added to or removed from the package: the link tree of a strict editable
-# installation (build/__editable__*) holds one link per file.
-
-# Rewritten only when the list of files really changed, so that it does not make the stamps old every time.
-$(STAMPS)/files: FORCE | $(STAMPS)/python
-	@$(PACKAGE_FILES) | LC_ALL=C sort > $@.new
-	@if cmp -s $@.new $@ && [ -e build/tree ]; then rm $@.new; else mv $@.new $@; fi
+# pyproject.toml changed; the installation is editable, so new and changed source files are seen without it.
 
 $(STAMPS)/python:
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash .ci/create_venv
 	@mkdir -p $(STAMPS) && touch $@
 
-# $(call install,EXTRAS,LINE FOR THE READER)
+# $(call install,EXTRAS,LINE FOR THE READER); silenced is setuptools' reminder, each time, that the installation is editable
 define install
 	@echo "==> installing lightning-robust[$(1)] into $(VENV) ($(2))"
-	@rm -rf build/__editable__*
-	@$(BIN)/python -m pip install --quiet "pip>=23.1" "setuptools>=77"
-	@$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=strict -e ".[$(1)]"
-	@ln -sfn "$$(cd build && ls -d __editable__*)" build/tree
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e ".[$(1)]"
 endef
 
-# Without any index work when the tools are there already: a file was added, only the links are renewed.
-$(STAMPS)/demo: pyproject.toml $(STAMPS)/files
-	$(call install,plot,the default build of PyTorch is a download of several GB the first time)
+$(STAMPS)/demo: pyproject.toml | $(STAMPS)/python
+	$(call install,plot,the first time a download of several GB: the default build of PyTorch)
 	@touch $@
 
-$(STAMPS)/test: pyproject.toml $(STAMPS)/files
-	$(call install,test,the default build of PyTorch is a download of several GB the first time)
+$(STAMPS)/test: pyproject.toml | $(STAMPS)/python
+	$(call install,test,the first time a download of several GB: the default build of PyTorch)
 	@touch $(STAMPS)/demo $@
 
-$(STAMPS)/dev: pyproject.toml $(STAMPS)/files
+$(STAMPS)/dev: pyproject.toml | $(STAMPS)/python
 	$(call install,dev,everything a contributor needs)
 	@touch $(STAMPS)/demo $(STAMPS)/test $@

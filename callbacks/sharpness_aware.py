@@ -149,8 +149,8 @@ class SharpnessAware(StepCallback):
             torch.clear_autocast_cache()
             if self.replay:
                 after.restore()
-        if self.log_gap and not context.trainer.barebones:
-            context.log("train/sharpness_gap", gap, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        if self.log_gap:
+            context.log("train/sharpness_gap", gap)
         injected = inject_gradients(
             loss, [*weights.tensors, *(tensor for tensor, _ in bystanders)], [*direction, *(g for _, g in bystanders)]
         )

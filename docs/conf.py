@@ -17,16 +17,17 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
     "catalogue",
+    "mathml",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_ext", "_templates"]
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"lightning-robust {version}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
@@ -36,7 +37,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 
-autosummary_generate = True
+autosummary_generate = True  # writes api/generated, which git ignores
 autosummary_ignore_module_all = False
 autosummary_imported_members = True
 

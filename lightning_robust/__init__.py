@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Robust, flat and calibrated models for any Lightning project.
 
 The package root imports nothing heavy: take names from the rooms, for example

@@ -38,7 +38,7 @@ class RandomState:
     def capture(cls, devices: Iterable[torch.device] = ()) -> "RandomState":
         """Read the generators; ``devices`` names the accelerators whose generators count too."""
         states = {
-            device: torch.get_device_module(device.type).get_rng_state(device)
+            device: _generator_module(device).get_rng_state(*_index(device))
             for device in devices
             if device.type not in ("cpu", "meta")
         }
@@ -51,7 +51,16 @@ class RandomState:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
         for device, state in self.devices.items():
-            torch.get_device_module(device.type).set_rng_state(state, device)
+            _generator_module(device).set_rng_state(state, *_index(device))
+
+
+def _generator_module(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    # Apple's GPU is one, and its functions take no index
+    return () if device.type == "mps" else (device,)
 
 
 def module_devices(module: nn.Module) -> set[torch.device]:

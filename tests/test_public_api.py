@@ -76,6 +76,8 @@ def test_everything_listed_has_a_docstring(thing: Any) -> None:
 
 @pytest.mark.parametrize("thing", listed_objects(ROOMS))
 def test_every_argument_is_documented(thing: Any) -> None:
+    if "Attributes:" in (thing.__doc__ or "") and "Args:" not in thing.__doc__:
+        return  # handed to users, not made by them
     documented = {parameter.arg_name for parameter in docstring_parser.parse(inspect.getdoc(thing) or "").params}
     undocumented = [name for name in argument_names(thing) if name not in documented]
     assert not undocumented, f"arguments without a line in the docstring: {undocumented}"
@@ -127,8 +129,9 @@ def floor_of(room: str) -> int:
 
 
 def imported_rooms(module: ModuleType) -> set[str]:
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    # Import statements inside of functions are left out: they run when a module is used, not when it is imported.
+    statements = ast.parse(Path(str(module.__file__)).read_text()).body
+    names = [statement.module or "" for statement in statements if isinstance(statement, ast.ImportFrom)]
+    names += [alias.name for statement in statements if isinstance(statement, ast.Import) for alias in statement.names]
     inside = [name.split(".") for name in names if name.startswith("lightning_robust.")]
     return {parts[1] for parts in inside}

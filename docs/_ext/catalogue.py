@@ -1,15 +1,17 @@
-"""The ``methods`` directive: a table of the public classes of a room, read from the code at build time.
+"""The ``methods`` directive: a table of public classes, read from the code at build time.
 
 ````
-```{methods} lightning_robust.callbacks
+```{methods} lightning_robust.losses LogitRegularizer
 ```
 ````
 
-What a class does is the first sentence of its docstring, what it costs the paragraph that starts with ``Cost:``, where
-it comes from the arXiv numbers in it; callbacks that change the training step also say in which stage they run.
-Abstract classes, errors and enumerations are left out.
+lists what a room exports and, if a base class of the room is named, derives from it. What a class does is the first
+sentence of its docstring, what it costs the paragraph that starts with ``Cost:``, where it comes from the arXiv numbers
+in it; callbacks that change the training step also say in which stage they run. Bases, records, errors and enumerations
+are left out.
 """
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -27,10 +29,13 @@ class Methods(SphinxDirective):
     """Table of the classes of a module."""
 
     required_arguments = 1
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         room = self.arguments[0]
-        rows = [row(room, name, item) for name, item in classes(room)]
+        rows = [row(room, name, item) for name, item in classes(*self.arguments)]
+        if not rows:
+            raise self.error(f"no class to show in {' '.join(self.arguments)}")
         staged = any(line["Stage"] for line in rows)
         priced = any(line["Cost"] for line in rows)
         headings = ["Class", "What it does"]
@@ -44,14 +49,17 @@ class Methods(SphinxDirective):
         return found
 
 
-def classes(room: str) -> list[tuple[str, type]]:
+def classes(room: str, base: str | None = None) -> list[tuple[str, type]]:
+    """The classes that `room` exports, or those that derive from its class `base`."""
     module = importlib.import_module(room)
     found = [(name, getattr(module, name)) for name in module.__all__]
-    return [(name, item) for name, item in found if inspect.isclass(item) and not is_support(item)]
+    kind = object if base is None else getattr(module, base)
+    chosen = [(name, item) for name, item in found if inspect.isclass(item) and issubclass(item, kind)]
+    return [(name, item) for name, item in chosen if item is not kind and not is_support(item)]
 
 
 def is_support(item: type) -> bool:
-    return inspect.isabstract(item) or issubclass(item, (BaseException, str))
+    return inspect.isabstract(item) or dataclasses.is_dataclass(item) or issubclass(item, (BaseException, str))
 
 
 def row(room: str, name: str, item: type) -> dict[str, str]:
@@ -78,7 +86,8 @@ def paragraph(text: str, start: str) -> str:
 def cell(text: str) -> str:
     """A docstring's text as one Markdown table cell."""
     text = ROLE.sub(r"`\1`", text).replace("``", "`")
-    return " ".join(text.split()).replace("|", "\\|")
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text[:1].upper() + text[1:]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         Returns ``[B]``.
 
     Example:
+        >>> import torch
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
         tensor([0.6931])
     """
@@ -56,6 +56,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
         Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks, arXiv 1608.04644.
 
     Example:
+        >>> import torch
         >>> margin(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
         tensor([-2.])
     """
@@ -77,6 +78,7 @@ def probability_margin(logits: Tensor, target: Tensor) -> Tensor:
         ValueError: the target holds probabilities.
 
     Example:
+        >>> import torch
         >>> probability_margin(torch.zeros(1, 4), torch.tensor([2]))
         tensor([0.])
     """
@@ -103,6 +105,7 @@ def dlr(logits: Tensor, target: Tensor) -> Tensor:
         Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv 2003.01690.
 
     Example:
+        >>> import torch
         >>> dlr(torch.tensor([[3.0, 1.0, 1.0]]), torch.tensor([0]))
         tensor([-1.])
     """
@@ -129,6 +132,7 @@ def dlr_targeted(logits: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
         Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv 2003.01690.
 
     Example:
+        >>> import torch
         >>> dlr_targeted(torch.tensor([[3.0, 1.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([3]))
         tensor([-1.])
     """
@@ -150,6 +154,7 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
         Returns ``[B]``.
 
     Example:
+        >>> import torch
         >>> kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2).log_softmax(1))
         tensor([0.])
     """
@@ -184,4 +189,6 @@ def _split(values: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def _need_classes(logits: Tensor, count: int, name: str) -> None:
     if logits.shape[1] < count:
-        raise ValueError(f"Expected at least {count} classes for the loss {name} but got {logits.shape[1]}; use margin.")
+        raise ValueError(
+            f"Expected at least {count} classes for the loss {name} but got {logits.shape[1]}; use margin."
+        )

@@ -84,7 +84,8 @@ class L2(Norm):
 
     def size(self, delta: Tensor) -> Tensor:
         """Euclidean length of each sample."""
-        return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        length: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        return length
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The gradient divided by its length."""

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from lightning_robust.attacks.conditions import Model
 from lightning_robust.attacks.losses import labels_of
+from lightning_robust.losses import full_precision
 
 __all__ = ["Problem", "check_batch"]
 
 # Gradients of confident samples are below the smallest float16 number; scaled by this much they are not.
 _HALF_SCALE = 1024.0
+_HALF_MAX = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ class Problem:
                 "The attacked model returned NaN or infinite logits, which would pass for robustness; look for "
                 "diverged weights or overflow in half precision."
             )
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return full_precision(logits)
 
-    def clean_log_probabilities(self) -> Tensor:
-        """The model's own prediction for the clean images; one forward pass."""
-        return self._logits_only(self.x).log_softmax(1)
+    def against_own_prediction(self) -> "Problem":
+        """The same problem with the model's prediction for the clean images as reference; one forward pass."""
+        return replace(self, reference=self._logits_only(self.x).log_softmax(1))
 
     def losses(self, logits: Tensor) -> Tensor:
         """What is maximised, per sample."""
@@ -82,7 +84,7 @@ class Problem:
         else:
             (gradient,) = torch.autograd.grad(total * _HALF_SCALE, x_adv)
             # an overflow keeps its sign; of an undefined difference of overflows nothing is known
-            gradient = gradient.nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0)
+            gradient = gradient.nan_to_num(nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX)
         return gradient, logits.detach()
 
     def judge(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ def check_batch(x: Tensor, y: Tensor) -> None:
         )
     hard = y.ndim == 1 and not y.is_floating_point() and not y.is_complex()
     soft = y.ndim == 2 and y.is_floating_point()
-    if x.ndim < 2 or len(x) != len(y) or not (hard or soft):
+    if x.ndim < 2 or not (hard or soft) or len(x) != len(y):
         raise ValueError(
             "Expected images [B, ...] with integer classes [B] or probabilities [B, C] but got images "
             f"{list(x.shape)} with a target {list(y.shape)} of {y.dtype}."

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.checks import check_positive
+from lightning_robust.losses import full_precision
 
 __all__ = ["InputSpace"]
 
@@ -83,16 +84,16 @@ class InputSpace:
         """
         if self.std is not None and (x.ndim < 2 or x.shape[1] != len(self.std)):
             raise ValueError(f"Expected images with {len(self.std)} channels (`std`) but got {list(x.shape)}.")
-        if x.isnan().any():
-            raise ValueError("Expected images without NaN.")
-        pixels = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        pixels = full_precision(x)
         tolerance = 1e-6
         if self.std is not None and self.mean is not None:
             scale, low, _ = self._on(pixels)
             pixels = (pixels - low) * scale + self.bounds[0]
             # the user's normalisation was rounded to the images' type
             tolerance = max(tolerance, 8 * torch.finfo(x.dtype).eps)
-        low_seen, high_seen = pixels.amin().item(), pixels.amax().item()
+        low_seen, high_seen = (value.item() for value in pixels.aminmax())
+        if low_seen != low_seen:
+            raise ValueError("Expected images without NaN.")
         if low_seen < self.bounds[0] - tolerance or high_seen > self.bounds[1] + tolerance:
             raise ValueError(
                 f"Expected pixels in [{self.bounds[0]:g}, {self.bounds[1]:g}] but got [{low_seen:g}, {high_seen:g}]. "

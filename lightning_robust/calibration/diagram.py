@@ -58,7 +58,7 @@ def reliability_figure(table: ReliabilityTable, *, title: str | None = None) -> 
     and yellow where it is under-confident; bins that hold few samples are paler. The lower axis shows the share of
     samples per bin with the overall accuracy and mean confidence.
 
-    The figure is not registered with pyplot, so nothing has to be closed and no window opens. Cost: about 0.1 s.
+    The figure is not registered with pyplot: nothing has to be closed, no window opens. Cost: about 0.2 s with saving.
 
     Args:
         table: Bin table, from `lightning_robust.metrics.TopLabelReliability` or `reliability_table`.
@@ -85,7 +85,7 @@ def reliability_figure(table: ReliabilityTable, *, title: str | None = None) -> 
     _draw_bins(diagram, rows)
     _draw_summary(diagram, table)
     _draw_histogram(histogram, rows, table)
-    diagram.set_title(title or "Reliability diagram", color=_INK, fontsize=12, fontweight="bold", loc="left")
+    figure.suptitle(title or "Reliability diagram", color=_INK, fontsize=12.5, fontweight="bold")
     for axes in (diagram, histogram):
         axes.set_xlim(0, 1)
         axes.grid(axis="y", color=_GRID, linewidth=0.6)
@@ -98,21 +98,25 @@ def reliability_figure(table: ReliabilityTable, *, title: str | None = None) -> 
 
 def _draw_bins(axes: "Axes", rows: list[dict[str, float | int]]) -> None:
     most = max((row["count"] for row in rows), default=1)
-    axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for row in rows:
-        left, width = row["lower"], row["upper"] - row["lower"]
-        accuracy, gap = row["accuracy"], row["gap"]
-        colour = _OVER if gap > 0 else _UNDER
+        width = row["upper"] - row["lower"]
+        middle = row["lower"] + width / 2
+        low, high = sorted((row["accuracy"], row["confidence"]))
         # a bin with 1 % of the fullest one's samples is hardly evidence
-        alpha = 0.25 + 0.75 * min(1.0, (row["count"] / most) ** 0.5 * 2)
-        common: dict[str, Any] = {"width": width * 0.94, "align": "center", "zorder": 2, "alpha": alpha}
-        middle = left + width / 2
-        axes.bar(middle, accuracy, color=_ACCURACY, linewidth=0, **common)
-        axes.bar(middle, gap, bottom=accuracy, color=colour, linewidth=0, hatch="////", edgecolor="white", **common)
-        ends = (middle - width * 0.47, middle + width * 0.47)
-        axes.plot(ends, (row["confidence"],) * 2, color=_INK, linewidth=1.6, zorder=3, solid_capstyle="butt")
+        strength = 0.3 + 0.7 * min(1.0, 2 * (row["count"] / most) ** 0.5)
+        gap_colour = _paler(_OVER if row["gap"] > 0 else _UNDER, strength)
+        axes.bar(middle, low, width=0.94 * width, color=_paler(_ACCURACY, strength))
+        axes.bar(middle, high - low, bottom=low, width=0.94 * width, color=gap_colour, hatch="////", edgecolor="white")
+        edges = (middle - 0.47 * width, middle + 0.47 * width)
+        axes.plot(edges, (row["confidence"],) * 2, color=_INK, linewidth=1.8, solid_capstyle="butt")
+    axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.6)
     axes.set_ylim(0, 1)
     axes.set_ylabel("accuracy", color=_INK)
+
+
+def _paler(colour: str, strength: float) -> tuple[float, ...]:
+    """Blend with white: transparent bars would mix with what is below them."""
+    return tuple(1 - strength * (1 - int(colour[at : at + 2], 16) / 255) for at in (1, 3, 5))
 
 
 def _draw_summary(axes: "Axes", table: ReliabilityTable) -> None:
@@ -123,35 +127,29 @@ def _draw_summary(axes: "Axes", table: ReliabilityTable) -> None:
         Patch(color=_ACCURACY, label="accuracy"),
         Patch(facecolor=_OVER, hatch="////", edgecolor="white", label="over-confident"),
         Patch(facecolor=_UNDER, hatch="////", edgecolor="white", label="under-confident"),
-        Line2D([], [], color=_INK, linewidth=1.6, label="mean confidence"),
+        Line2D([], [], color=_INK, linewidth=1.8, label="mean confidence"),
     ]
-    axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=8.5, labelcolor=_INK)
+    style: dict[str, Any] = {"fontsize": 8.5, "labelcolor": _INK, "frameon": False, "handlelength": 1.3}
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.1, **style)
     numbers = {"ECE": table.error("l1"), "MCE": table.error("max"), "NLL": table.nll, "Brier": table.brier}
     lines = [f"{name:<5} {value.item():6.3f}" for name, value in numbers.items() if not value.isnan()]
-    lines.append(f"{'gap':<5} {table.confidence_gap.item():+6.3f}")
-    axes.text(
-        0.975,
-        0.04,
-        "\n".join(lines),
-        transform=axes.transAxes,
-        ha="right",
-        va="bottom",
-        family="monospace",
-        fontsize=9,
-        color=_INK,
-        bbox={"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": _GRID, "alpha": 0.92},
-        zorder=4,
-    )
+    gap = table.confidence_gap.item()
+    lines.append(f"{'gap':<5} {gap:+6.3f}  {'over' if gap > 0 else 'under'}")
+    frame = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": _GRID, "alpha": 0.9}
+    box: dict[str, Any] = {"transform": axes.transAxes, "ha": "left", "va": "top", "bbox": frame}
+    axes.text(0.03, 0.965, "\n".join(lines), family="monospace", fontsize=9, color=_INK, **box)
 
 
 def _draw_histogram(axes: "Axes", rows: list[dict[str, float | int]], table: ReliabilityTable) -> None:
     total = int(table.total)
     for row in rows:
         width = row["upper"] - row["lower"]
-        axes.bar(row["lower"] + width / 2, 100 * row["count"] / total, width=width * 0.94, color="#9FB3C8", linewidth=0)
+        axes.bar(row["lower"] + width / 2, 100 * row["count"] / total, width=0.94 * width, color="#9FB3C8")
     accuracy, confidence = table.overall_accuracy.item(), table.mean_confidence.item()
     axes.axvline(accuracy, color=_ACCURACY, linewidth=1.8, label=f"accuracy {accuracy:.3f}")
     axes.axvline(confidence, color=_INK, linewidth=1.8, linestyle=(0, (3, 2)), label=f"confidence {confidence:.3f}")
-    axes.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=_INK)
+    axes.margins(y=0.12)
+    style: dict[str, Any] = {"fontsize": 8.5, "labelcolor": _INK, "framealpha": 0.9, "edgecolor": _GRID}
+    axes.legend(loc="upper left" if confidence > 0.5 else "upper right", **style)
     axes.set_ylabel("% of samples", color=_INK)
     axes.set_xlabel(f"confidence   (n = {total:,})", color=_INK)

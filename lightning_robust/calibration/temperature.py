@@ -51,7 +51,7 @@ class TemperatureScaling:
         >>> scaling = TemperatureScaling().fit(logits, torch.tensor([0, 0, 0, 1]))
         >>> round(scaling.temperature, 4)  # 4 / log(3): three of four are right
         3.641
-        >>> scaling(logits).softmax(1)[0, 0].item()
+        >>> round(scaling(logits).softmax(1)[0, 0].item(), 4)
         0.75
     """
 
@@ -144,7 +144,7 @@ def _derivatives(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float,
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, _CHUNK // logits.shape[1])
-    for z, y in zip(logits.split(rows), labels.split(rows), strict=True):
+    for z, y in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
         if z.device.type == "mps":  # has no float64
             z, y = z.cpu(), y.cpu()
         # A constant per row changes nothing in the softmax; without it large logits would cancel badly.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: a light front (argparse and rich) with Lightning's own configuration system behind ``run`` and ``check``.
+"""The command line: a light front, with Lightning's own configuration system behind ``run`` and ``check``.
 
 Nothing here imports torch before a command needs it, so ``list``, ``show`` and ``copy`` answer at once.
 """

@@ -51,7 +51,9 @@ def parse_run(words: Sequence[str]) -> Arguments:
     """
     arguments = _parse("run", words, own=OWN, flags=OWN_FLAGS)
     if arguments.resume is not None and (arguments.recipe or arguments.baseline or arguments.fresh):
-        raise UsageError("`--resume RUN_FOLDER` continues a run as it was: give no recipe, --baseline or --fresh with it.")
+        raise UsageError(
+            "`--resume RUN_FOLDER` continues a run as it was: give no recipe, --baseline or --fresh with it."
+        )
     return arguments
 
 
@@ -83,7 +85,9 @@ def _parse(command: str, words: Sequence[str], own: set[str], flags: set[str]) -
     if len(recipes) > 1:
         raise UsageError(f"`{command}` takes one recipe, got {', '.join(recipes)}.")
     if not recipes and "--resume" not in values:
-        raise UsageError(f"Which recipe? For example: lightning-robust {command} digits-robust", "All: lightning-robust list")
+        raise UsageError(
+            f"Which recipe? For example: lightning-robust {command} digits-robust", "All: lightning-robust list"
+        )
     return Arguments(
         recipe=recipes[0] if recipes else "",
         changes=tuple(changes),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 import yaml
@@ -18,11 +18,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_robust.attacks import Attack
+from lightning_robust.callbacks import SeededSteps
 from lightning_robust.cli.catalog import import_rooms
 from lightning_robust.cli.errors import UsageError
 from lightning_robust.cli.messages import build_refusal, check_methods, parse_refusal
+from lightning_robust.cli.quiet import silence
 
 __all__ = ["LINKED", "RecipeCLI"]
+
+# The option of jsonargparse's `dump` that writes null values too was renamed.
+_JSONARGPARSE = tuple(int(part) for part in version("jsonargparse").split(".")[:2])
+_KEEP_EMPTY = {"skip_unset" if _JSONARGPARSE >= (4, 49) else "skip_none": False}
 
 #: What the data knows and the model needs; never asked twice.
 LINKED = ("num_classes", "in_chans", "mean", "std")
@@ -31,9 +37,9 @@ LINKED = ("num_classes", "in_chans", "mean", "std")
 class RecipeCLI(LightningCLI):
     """A recipe that is parsed at once and built on demand.
 
-    Beside Lightning's own parts (``model``, ``data``, ``trainer``, ``optimizer``, ``lr_scheduler``,
-    ``seed_everything``) a recipe has ``methods``, callbacks by name; ``monitor`` and ``monitor_mode``, the metric
-    whose best epoch is kept; ``evaluation``, how the result is measured; ``baseline``, the recipe to compare with.
+    Beside Lightning's own parts (``model``, ``data``, ``trainer``, ``seed_everything``) a recipe has ``methods``,
+    callbacks by name; ``monitor`` and ``monitor_mode``, the metric whose best epoch is kept; ``evaluation``, how the
+    result is measured; ``baseline``, the recipe to compare with.
 
     Args:
         config: The recipe.
@@ -60,20 +66,21 @@ class RecipeCLI(LightningCLI):
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+                auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--methods", type=dict[str, Optional[Callback]], default={}, help="callbacks by a name of your choice"
+            "--methods", type=dict[str, Callback | None], default={}, help="callbacks by a name of your choice"
         )
         parser.add_argument("--monitor", type=str, default="val/acc", help="metric whose best epoch is kept")
         parser.add_argument("--monitor_mode", type=str, default="max", choices=["max", "min"])
-        parser.add_argument("--baseline", type=Optional[str], default=None, help="recipe to compare with")
-        parser.add_argument("--evaluation.attack", type=Optional[Attack], default=None, help="attack to withstand")
+        parser.add_argument("--baseline", type=str | None, default=None, help="recipe to compare with")
+        parser.add_argument("--evaluation.attack", type=Attack | None, default=None, help="attack to withstand")
         parser.add_argument(
-            "--evaluation.max_attacked", type=Optional[int], default=None, help="attack only the first so many samples"
+            "--evaluation.max_attacked", type=int | None, default=None, help="attack only the first so many samples"
         )
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -84,7 +91,7 @@ class RecipeCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except (ArgumentError, ValueError, TypeError, KeyError) as error:
-            options = [action.dest for action in parser._actions]
+            options = [action.dest for action in parser._actions if not action.dest.endswith(".help")]
             raise parse_refusal(error, options, self.given, self.changes) from error
 
     @override
@@ -100,14 +107,21 @@ class RecipeCLI(LightningCLI):
         given = trainer.callbacks or []
         listed = list(given) if isinstance(given, list) else [given]
         options = {**self.own_trainer_options, **kwargs}
-        return super().instantiate_trainer(callbacks=[*listed, *methods, *self.own_callbacks], **options)
+        if (loggers := options.pop("loggers", None)) is not None:
+            users = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+            options["logger"] = [*loggers, *(logger for logger in users if not isinstance(logger, bool | None))]
+        callbacks = [*listed, *methods, *self.own_callbacks]
+        if self.config.seed_everything is not False and not any(isinstance(item, SeededSteps) for item in callbacks):
+            # Whatever a step draws then depends on the seed, epoch and batch alone, so resumed runs repeat.
+            callbacks.insert(0, SeededSteps())
+        return super().instantiate_trainer(callbacks=callbacks, **options)
 
     def build(self, *callbacks: Callback, **trainer_options: Any) -> None:
         """Seed everything, then build data, module and Trainer.
 
         Args:
             *callbacks: Callbacks to add after those of the recipe.
-            **trainer_options: Options of the Trainer that win over the recipe's.
+            **trainer_options: Options of the Trainer that win over the recipe's; ``loggers`` are added to its own.
 
         Raises:
             UsageError: If a constructor refuses, or module and data disagree.
@@ -124,9 +138,26 @@ class RecipeCLI(LightningCLI):
             raise build_refusal(error) from error
         self._refuse_disagreement()
 
+    def rehearse(self) -> None:
+        """Build everything once, so that whatever a constructor refuses is refused before anything is written.
+
+        Raises:
+            UsageError: If a constructor refuses, or module and data disagree.
+        """
+        with silence():
+            self.build(logger=False)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """How the result is measured, in a form that can be compared; available once it is built."""
+        settings = self.config_init.evaluation
+        return {
+            "attack": None if settings.attack is None else repr(settings.attack),
+            "max_attacked": settings.max_attacked,
+        }
+
     def text(self) -> str:
         """The whole configuration as YAML, every default written out."""
-        return str(self.parser.dump(self.config, skip_none=False))
+        return str(self.parser.dump(self.config, **_KEEP_EMPTY))
 
     def fingerprint(self) -> str:
         """A digest of everything that decides the outcome of training: configuration, versions, the library's code."""

@@ -7,7 +7,7 @@ jsonargparse accepts a short name only of a class whose module was imported, so 
 import importlib
 import inspect
 
-__all__ = ["ROOMS", "class_names", "find_class", "import_rooms", "room_classes"]
+__all__ = ["ROOMS", "class_names", "constructor_parameters", "find_class", "import_rooms", "room_classes"]
 
 ROOMS = (
     "lightning_robust.callbacks",
@@ -54,3 +54,22 @@ def find_class(name: str) -> type | None:
         if short in (classes := room_classes(room)):
             return classes[short]
     return None
+
+
+def constructor_parameters(item: type) -> list[inspect.Parameter]:
+    """The named parameters of a constructor; ``**kwargs`` stands for those of the base classes, as it does in a recipe.
+
+    Args:
+        item: The class.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for owner in item.__mro__[:-1]:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
+        for entry in parameters:
+            if entry.kind not in (entry.VAR_KEYWORD, entry.VAR_POSITIONAL):
+                found.setdefault(entry.name, entry)
+        if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
+            break
+    return list(found.values())

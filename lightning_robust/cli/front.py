@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lightning-robust``: understand the command line, import what the command needs, and turn refusals into a few lines."""
+"""``lightning-robust``: understand the command, import what it needs, and turn refusals into a few lines."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 
 from lightning_robust import __version__
 from lightning_robust.cli.errors import FAILED, CommandError
@@ -170,29 +171,39 @@ def _copy(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from lightning_robust.cli.methods import method_help, method_table
+    with _loading():
+        from lightning_robust.cli.methods import method_help, method_table
 
     Console().print(method_table() if options.name is None else method_help(options.name))
 
 
 def _check(options: argparse.Namespace) -> None:
     from lightning_robust.cli.arguments import parse_check
+    from lightning_robust.cli.recipes import load_recipe
 
     arguments = parse_check(options.words)
-
-    from lightning_robust.cli.check import check
+    load_recipe(arguments.recipe).config()
+    with _loading():
+        from lightning_robust.cli.check import check
 
     check(arguments)
 
 
 def _run(options: argparse.Namespace) -> int:
     from lightning_robust.cli.arguments import parse_run
+    from lightning_robust.cli.recipes import load_recipe
 
     arguments = parse_run(options.words)
-
-    from lightning_robust.cli.runner import run
+    if arguments.resume is None:
+        load_recipe(arguments.recipe).config()
+    with _loading():
+        from lightning_robust.cli.runner import run
 
     return run(arguments)
+
+
+def _loading() -> Status:
+    return Console(stderr=True).status("Loading PyTorch and Lightning ...")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -4,12 +4,11 @@
 The texts belong to jsonargparse and may change: one that is not recognised is passed on, without its repetitions.
 """
 
-import inspect
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lightning_robust.cli.catalog import class_names, find_class
+from lightning_robust.cli.catalog import class_names, constructor_parameters, find_class
 from lightning_robust.cli.errors import UsageError, did_you_mean
 
 __all__ = ["build_refusal", "check_methods", "parse_refusal"]
@@ -56,7 +55,9 @@ def check_methods(config: dict[str, Any], changes: Sequence[str]) -> None:
             )
 
 
-def parse_refusal(error: Exception, options: Collection[str], config: dict[str, Any], changes: Sequence[str]) -> UsageError:
+def parse_refusal(
+    error: Exception, options: Collection[str], config: dict[str, Any], changes: Sequence[str]
+) -> UsageError:
     """Say in a few lines why a configuration was not accepted.
 
     Args:
@@ -154,8 +155,7 @@ def _arguments(class_path: str) -> list[str]:
     found = find_class(class_path)
     if found is None:
         return []
-    parameters = inspect.signature(found).parameters.values()
-    return [item.name for item in parameters if item.kind not in (item.VAR_KEYWORD, item.VAR_POSITIONAL)]
+    return [parameter.name for parameter in constructor_parameters(found)]
 
 
 def _locate(key: str, config: dict[str, Any], changes: Sequence[str]) -> str:

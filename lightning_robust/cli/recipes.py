@@ -97,7 +97,7 @@ def load_recipe(name: str) -> Recipe:
         )
     raise UsageError(
         f"There is no recipe and no file called {name!r}.",
-        did_you_mean(name.removesuffix(".yaml"), bundled),
+        did_you_mean(name, [*bundled, *map(str, Path().glob("*.yaml"))]),
         "All recipes: lightning-robust list",
     )
 

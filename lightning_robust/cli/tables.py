@@ -30,7 +30,14 @@ PACKAGES = (
 def new_table(title: str | None = None, caption: str | None = None) -> Table:
     """An empty table in the house's look."""
     return Table(
-        title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", title_style="bold"
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass over a test set: every sample counted once, on one device, whatever trained the model."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -68,10 +69,10 @@ def evaluate(
     device = torch.device(device)
     run = _Run(model, device, unpack or _first_two, progress or _silent)
     with evaluation_mode(module):
-        temperature = None if validation is None else run.fit_temperature(validation)
-        counts = run.count(test, attack, max_attacked, temperature, n_bins, seed)
+        scaling = None if validation is None else run.fit_temperature(validation)
+        counts = run.count(test, attack, max_attacked, scaling, n_bins, seed)
     plain = counts.plain.compute()
-    scaled = None if temperature is None else counts.scaled.compute()
+    scaled = None if scaling is None else counts.scaled.compute()
     return EvaluationResult(
         samples=int(plain.total),
         accuracy=float(plain.overall_accuracy),
@@ -84,7 +85,8 @@ def evaluate(
         attack=None if attack is None or counts.attacked == 0 else repr(attack),
         attacked=counts.attacked,
         robust_accuracy=counts.robust / counts.attacked if counts.attacked else None,
-        temperature=temperature,
+        temperature=None if scaling is None else scaling.temperature,
+        temperature_at_bound=scaling is not None and scaling.at_bound,
         ece_scaled=None if scaled is None else float(scaled.error("l1")),
         nll_scaled=None if scaled is None else float(scaled.nll),
     )
@@ -111,19 +113,22 @@ class _Run:
         self.unpack = unpack
         self.progress = progress
 
-    def fit_temperature(self, batches: Iterable[Any]) -> float:
+    def fit_temperature(self, batches: Iterable[Any]) -> TemperatureScaling:
         pairs = [self._logits(batch)[1:] for batch in batches]
         if not pairs:
             raise ValueError("Expected `validation` to have samples but got none.")
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return float(TemperatureScaling().fit(logits, labels).temperature)
+        with warnings.catch_warnings():
+            # The result says so itself.
+            warnings.filterwarnings("ignore", message="The temperature was set to its")
+            return TemperatureScaling().fit(logits, labels)
 
     def count(
         self,
         batches: Iterable[Any],
         attack: Attack | None,
         max_attacked: int | None,
-        temperature: float | None,
+        scaling: TemperatureScaling | None,
         n_bins: int,
         seed: int,
     ) -> _Counts:
@@ -133,8 +138,8 @@ class _Run:
         for batch in batches:
             x, logits, y = self._logits(batch)
             counts.plain.update(logits, y)
-            if temperature is not None:
-                counts.scaled.update(logits / temperature, y)
+            if scaling is not None:
+                counts.scaled.update(scaling(logits), y)
             left = len(y) if max_attacked is None else min(len(y), max_attacked - counts.attacked)
             if attack is not None and left > 0:
                 adversarial = attack(self.model, x[:left], y[:left], generator=generator)

@@ -24,6 +24,7 @@ class EvaluationResult:
         attacked: Number of samples that were attacked.
         robust_accuracy: Share of the attacked samples that are right both clean and attacked.
         temperature: Temperature fitted on the validation samples; ``None`` without them.
+        temperature_at_bound: Whether the fit ended at a bound, as it does when every validation sample is right.
         ece_scaled: Expected calibration error with that temperature.
         nll_scaled: Mean negative log-likelihood with that temperature.
 
@@ -45,6 +46,7 @@ class EvaluationResult:
     attacked: int = 0
     robust_accuracy: float | None = None
     temperature: float | None = None
+    temperature_at_bound: bool = False
     ece_scaled: float | None = None
     nll_scaled: float | None = None
 

@@ -118,7 +118,7 @@ def _add_to_bins(
     weights = torch.stack(columns, dim=1).masked_fill_(outside.unsqueeze(1), 0)
     weights[:, _REFUSED_ROWS] += refused
     weights[:, _REFUSED_LABELS] += mislabelled
-    index = torch.where(outside, n_bins, bin_index(confidence.nan_to_num(), n_bins, closed))
+    index = torch.where(outside, n_bins, bin_index(confidence, n_bins, closed))
     return weights.new_zeros(n_bins + 1, _COLUMNS).index_add_(0, index, weights)
 
 

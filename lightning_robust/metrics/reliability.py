@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bin table behind a reliability diagram, and the numbers that are read off it."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -117,10 +118,15 @@ class ReliabilityTable(NamedTuple):
 
 
 def bin_index(confidence: Tensor, n_bins: int, closed: Closed) -> Tensor:
-    """Bin of each confidence, computed in its own dtype; 0 belongs to the first bin and 1 to the last one."""
-    scaled = confidence * n_bins
-    index = scaled.ceil() - 1 if closed == "right" else scaled.floor()
-    return index.clamp(0, n_bins - 1).long()
+    """Bin of each confidence; 0 belongs to the first bin and 1 to the last one."""
+    edges = _interior_edges(n_bins, confidence.dtype, confidence.device)
+    return torch.bucketize(confidence, edges, right=closed == "left")
+
+
+@functools.cache
+def _interior_edges(n_bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Computed in float64 and then rounded, so that a float32 0.3 equals the edge 3/10 (float32 arithmetic is off).
+    return (torch.arange(1, n_bins, dtype=torch.float64, device="cpu") * (1 / n_bins)).to(dtype).to(device)
 
 
 def reliability_table(

@@ -5,13 +5,14 @@ from lightning_robust.sharpness.asam import ASAM
 from lightning_robust.sharpness.loop import sharp_backward
 from lightning_robust.sharpness.method import GradientAt, SharpnessMethod, sharp_direction
 from lightning_robust.sharpness.sam import SAM
-from lightning_robust.sharpness.weights import Gradients, WeightBackup, Weights, global_norm
+from lightning_robust.sharpness.weights import Gradients, Scale, WeightBackup, Weights, global_norm
 
 __all__ = [
     "ASAM",
     "SAM",
     "GradientAt",
     "Gradients",
+    "Scale",
     "SharpnessMethod",
     "WeightBackup",
     "Weights",

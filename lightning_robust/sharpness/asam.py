@@ -72,5 +72,4 @@ class ASAM(SharpnessMethod):
         norm = global_norm(gradients)
         if adaptive:
             torch._foreach_mul_(steep, scales)
-        torch._foreach_mul_(gradients, ascent_scales(weights, norm, self.rho, self.norm_eps))
-        return gradient_at(gradients)
+        return gradient_at(gradients, ascent_scales(weights, norm, self.rho, self.norm_eps))

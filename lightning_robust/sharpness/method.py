@@ -6,11 +6,12 @@ from typing import ClassVar
 
 import torch
 
-from lightning_robust.sharpness.weights import Gradients, WeightBackup, Weights
+from lightning_robust.sharpness.weights import Gradients, Scale, WeightBackup, Weights
 
 __all__ = ["GradientAt", "SharpnessMethod", "sharp_direction"]
 
-GradientAt = Callable[[Gradients], Gradients]
+#: ``gradient_at(offsets, scale)``: the gradient at the unperturbed weights plus ``scale * offsets``.
+GradientAt = Callable[[Gradients, Scale], Gradients]
 
 
 class SharpnessMethod:
@@ -29,7 +30,8 @@ class SharpnessMethod:
         Args:
             weights: what is perturbed, at the unperturbed values until ``gradient_at`` is called.
             gradients: the gradient at the unperturbed weights; the method may overwrite it.
-            gradient_at: returns the gradient at the unperturbed weights plus the given offsets.
+            gradient_at: ``gradient_at(offsets, scale)`` returns the gradient at the unperturbed weights plus
+                ``scale * offsets``; ``scale`` is a number, a scalar tensor, or a scalar tensor per weight.
         """
         raise NotImplementedError
 
@@ -52,8 +54,8 @@ def sharp_direction(
     """
     backup.save(weights.tensors)
 
-    def gradient_at(offsets: Gradients) -> Gradients:
-        backup.move(offsets)
+    def gradient_at(offsets: Gradients, scale: Scale) -> Gradients:
+        backup.move(offsets, scale)
         with torch.enable_grad():
             return gradient_here()
 

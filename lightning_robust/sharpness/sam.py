@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAM: the gradient at the weights of locally highest loss."""
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -52,8 +51,7 @@ class SAM(SharpnessMethod):
     @override
     def direction(self, weights: Weights, gradients: Gradients, gradient_at: GradientAt) -> Gradients:
         norm = global_norm(gradients)
-        torch._foreach_mul_(gradients, ascent_scales(weights, norm, self.rho, self.norm_eps))
-        return gradient_at(gradients)
+        return gradient_at(gradients, ascent_scales(weights, norm, self.rho, self.norm_eps))
 
 
 def ascent_scales(weights: Weights, norm: Tensor, rho: float, norm_eps: float) -> Tensor | list[Tensor]:

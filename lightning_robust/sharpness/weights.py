@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gradients", "WeightBackup", "Weights", "global_norm"]
+__all__ = ["Gradients", "Scale", "WeightBackup", "Weights", "global_norm"]
 
 Gradients = list[Tensor]
+Scale = float | Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ class WeightBackup:
     """A reusable copy of weights: restoring copies values back, so they are bit-identical.
 
     Adding a perturbation and subtracting it again is not: it changes 2.4 % of float32 weights by up to 2.4e-7 a step.
+
+    Example:
+        >>> weight, backup = torch.tensor([0.1]), WeightBackup()
+        >>> backup.save([weight])
+        >>> backup.move([torch.tensor([3.0])])
+        >>> backup.restore()
+        >>> weight
+        tensor([0.1000])
     """
 
     def __init__(self) -> None:
@@ -99,11 +108,17 @@ class WeightBackup:
             self._moved = False
 
     @torch.no_grad()
-    def move(self, offsets: Gradients) -> None:
-        """Set the weights to the remembered values plus ``offsets``."""
+    def move(self, offsets: Gradients, scale: Scale = 1.0) -> None:
+        """Set the weights to the remembered values plus ``scale * offsets``; the offsets stay as they are."""
         self.restore()
         self._moved = True
-        torch._foreach_add_(self._tensors, offsets)
+        if isinstance(scale, list):
+            torch._foreach_add_(self._tensors, [offset * each for offset, each in zip(offsets, scale, strict=True)])
+        elif isinstance(scale, Tensor) and scale.device.type != "cpu":
+            # reading the number would make the host wait for the device
+            torch._foreach_add_(self._tensors, torch._foreach_mul(offsets, scale))
+        else:
+            torch._foreach_add_(self._tensors, offsets, alpha=float(scale))
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -73,7 +73,9 @@ class StepContext:
 
     def logits(self, callback: "StepCallback") -> Tensor:
         """Logits ``[B, C]`` of the innermost step's last pass, with their graph."""
-        return self._captures[callback.logits_from].take(self._output)
+        capture = self._captures[callback.logits_from]
+        # A replaced step says itself which of its forwards counts; `logits_from` is about the module's own step.
+        return capture.take(self._output, returned_first=self._core is not None)
 
     def model(self, callback: "StepCallback") -> Callable[[Tensor], Tensor]:
         """The map ``x -> logits`` of the module; its calls are neither logged nor counted."""
@@ -87,9 +89,14 @@ class StepContext:
         seed = derive_seed(self._seed, self.trainer.global_rank, self.trainer.current_epoch, self.batch_idx, salt)
         return torch.Generator(device).manual_seed(seed)
 
-    def log(self, name: str, value: Any, **kwargs: Any) -> None:
-        """``pl_module.log`` in the clean pass; nothing in the others."""
-        self.pl_module.log(name, value, **kwargs)
+    def log(self, name: str, value: Tensor, *, batch_size: int = 1, **kwargs: Any) -> None:
+        """Log the mean of ``value`` over the epoch and the processes.
+
+        Only the clean pass logs; a Trainer that logs nothing (``barebones``) stays silent.
+        """
+        if not self.trainer.barebones:
+            options = {"on_step": False, "on_epoch": True, "sync_dist": True, **kwargs}
+            self.pl_module.log(name, value.detach(), batch_size=batch_size, **options)
 
     def replace_core(self, step: RunStep) -> None:
         """Let ``step(batch)`` take the place of the module's own training step in this batch."""

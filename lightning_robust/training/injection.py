@@ -49,5 +49,6 @@ class _Inject(torch.autograd.Function):
             )
         # Popping drops the last reference but autograd's own, so AccumulateGrad can take the tensors without a copy.
         gradients = ctx.parcel.pop()
-        torch._foreach_mul_(gradients, upstream)
+        if upstream.device.type != "cpu" or upstream != 1:  # asking an accelerator would make the host wait for it
+            torch._foreach_mul_(gradients, upstream)
         return (None, None, *gradients)

@@ -70,6 +70,7 @@ class LogitsCapture:
         LogitsNotCaptured: from :meth:`take`, when nothing usable was seen.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 3))
         >>> with LogitsCapture(net) as capture:
         ...     _ = net(torch.zeros(2, 4))
@@ -115,13 +116,14 @@ class LogitsCapture:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def take(self, output: Any = None) -> Tensor:
+    def take(self, output: Any = None, *, returned_first: bool = False) -> Tensor:
         """Return the logits of the most recent forward.
 
         Args:
-            output: what the step returned, if known; its entry ``"logits"`` comes first.
+            output: what the step returned, if known; its entry ``"logits"`` comes first unless ``logits_from`` is set.
+            returned_first: let that entry win in any case.
         """
-        if isinstance(output, Mapping) and self.logits_from is None:
+        if isinstance(output, Mapping) and (returned_first or self.logits_from is None):
             logits = as_logits(output)
             if logits is not None:
                 return logits
@@ -176,6 +178,7 @@ class LogitsFunction:
         LogitsNotCaptured: the module has no usable forward, or it did not return logits.
 
     Example:
+        >>> import torch
         >>> function = LogitsFunction(nn.Sequential(nn.Linear(4, 3)))
         >>> function(torch.zeros(2, 4)).shape
         torch.Size([2, 3])

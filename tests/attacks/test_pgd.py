@@ -51,6 +51,31 @@ def test_same_as_the_loop_written_out(net, norm, eps, alpha):
     )
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.3), ("l2", 3.0)])
+def test_order_of_the_projections(net, norm, eps):
+    x, y = images(dtype=torch.float64)
+    x = x.round()  # every second step leads out of the pixels
+    start = (x + 0.3 * eps * torch.randn_like(x)).clamp(0, 1)
+    z = start.clone().requires_grad_()
+    F.cross_entropy(net(z), y).backward()
+    length = z.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    moved = start + 0.8 * eps * (z.grad.sign() if norm == "linf" else z.grad / length)
+
+    def ball(point):
+        delta = point - x
+        if norm == "linf":
+            return x + delta.clamp(-eps, eps)
+        return x + delta * (eps / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(max=1)
+
+    def box(point):
+        return point.clamp(0, 1)
+
+    expected = {"ball-box": box(ball(moved)), "box-ball": ball(box(moved)), "box": box(moved)}
+    for projection, point in expected.items():
+        attack = PGD(eps=eps, norm=norm, steps=1, step_size=0.8 * eps, projection=projection)
+        torch.testing.assert_close(attack(net, x, y, start=start), point, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("random_start", [True, False, "uniform", "radial", "normal", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -309,7 +334,7 @@ def test_channels_last_stays(net):
 def test_repr_can_be_evaluated():
     attack = PGD(eps=0.1, norm="l2", steps=3, restarts=2, random_start="radial", mean=[0.5], std=[0.2])
     assert repr(eval(repr(attack))) == repr(attack)
-    assert repr(PGD()).startswith("PGD(step_size=")
+    assert repr(PGD(step_size=0.01)) == f"PGD(eps={8 / 255}, step_size=0.01)"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def test_train_mode_moves_running_statistics_only(net):
     assert int(counted) == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "updates"), [({"evaluate_result": True}, 5), ({"restarts": 2}, 10), ({"loss": "kl"}, 5)]
+)
+def test_further_forwards_count_in_train_mode(net, options, updates):
+    before = int(net.norm.num_batches_tracked)
+    PGD(steps=4, mode="train", **options)(net, *images())
+    assert int(net.norm.num_batches_tracked) - before == updates
+
+
 def test_train_mode_respects_a_frozen_layer(net):
     net.norm.eval()
     before = snapshot(net)

@@ -4,7 +4,8 @@ import warnings
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -288,3 +289,18 @@ def test_a_skipped_step_stays_skipped():
 def test_refused_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Distillation("a.ckpt", **arguments)
+
+
+def test_can_be_built_from_a_configuration(capsys):
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--methods", type=dict[str, Callback | None], default={})
+    # The newer name of one method; older versions of jsonargparse know only the second.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    chosen = ["--methods.kd", "Distillation", "--methods.kd.teacher", "a.ckpt", "--methods.kd.loss", "KD"]
+    callback = instantiate(parser.parse_args([*chosen, "--methods.kd.loss.temperature", "2"])).methods["kd"]
+    assert callback.loss.temperature == 2.0
+    assert callback.state_key == "Distillation[teacher]"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--methods.help", "Distillation"])
+    # An argument typed nn.Module would add every module that exists.
+    assert len(capsys.readouterr().out.splitlines()) < 150

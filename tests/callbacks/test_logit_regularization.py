@@ -4,6 +4,8 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -173,3 +175,18 @@ def test_a_schedule_over_a_run_of_unknown_length_is_refused():
         fit(PlainModule(), callback, max_epochs=-1, max_steps=3)
     fixed = LogitRegularization(MaxSup(alpha=Linear(start=0.1, end=0.2, epochs=5)))
     fit(PlainModule(), fixed, max_epochs=None, max_steps=3)
+
+
+def test_can_be_built_from_a_configuration():
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--methods", type=dict[str, Callback | None], default={})
+    # The newer name of one method; older versions of jsonargparse know only the second.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    chosen = ["--methods.m", "LogitRegularization", "--methods.m.regularizer", "MaxSup"]
+    line = ["--methods.m.regularizer.alpha", "Linear", "--methods.m.regularizer.alpha.start", "0.1"]
+    for extra, expected in [
+        (["--methods.m.regularizer.alpha", "0.3"], MaxSup(alpha=0.3)),
+        ([*line, "--methods.m.regularizer.alpha.end", "0.2"], MaxSup(alpha=Linear(start=0.1, end=0.2))),
+    ]:
+        built = instantiate(parser.parse_args([*chosen, *extra])).methods["m"]
+        assert built.regularizer.schedule == expected.schedule

@@ -4,20 +4,20 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, loader, trainer, weights_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.callbacks import SharpnessAware
 from lightning_robust.sharpness import ASAM, SAM, SharpnessMethod, sharp_backward
+from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, loader, trainer, weights_of
 
 
 class Still(SharpnessMethod):
     """Evaluates again at the same weights: training must equal plain training, bit by bit."""
 
     def direction(self, weights, gradients, gradient_at):
-        return gradient_at([torch.zeros_like(g) for g in gradients])
+        return gradient_at(gradients, 0.0)
 
 
 def fit(module, *callbacks, form="pair", seed=0, **kwargs):

@@ -1,7 +1,7 @@
 """Every snippet of the README and of the documentation works.
 
 Python blocks of a page run in order in one namespace, as a reader would paste them. They find the names that an
-existing project has (`existing_project`). YAML blocks are parsed; commands are given to the command line.
+existing project has (`existing_project`). YAML blocks are parsed as recipes, commands by the command line.
 """
 
 import re
@@ -14,6 +14,7 @@ import yaml
 
 from lightning_robust.cli import main
 from lightning_robust.cli.arguments import parse_check, parse_run
+from lightning_robust.cli.builder import RecipeCLI
 from lightning_robust.cli.recipes import load_recipe
 from support.existing_project import names
 
@@ -28,7 +29,7 @@ TRAINER_DEFAULTS = {
     "limit_train_batches": 2,
     "logger": False,
 }
-TAKES_SECONDS = {"run", "check"}  # parsed here; the command line's own tests run them
+TAKES_SECONDS = {"run", "check"}  # parsed here, with all their options; the command line's own tests run them
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
@@ -72,9 +73,9 @@ def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
-def test_yaml_blocks_are_valid(page: Path) -> None:
+def test_yaml_blocks_are_recipes(page: Path) -> None:
     for _, code in blocks(page, "yaml"):
-        assert yaml.safe_load(code)
+        RecipeCLI(yaml.safe_load(code))
 
 
 @pytest.mark.parametrize("command", commands())
@@ -83,7 +84,7 @@ def test_command_is_understood(command: str, tmp_path: Path) -> None:
     if words[0] in TAKES_SECONDS:
         arguments = (parse_run if words[0] == "run" else parse_check)(words[1:])
         if arguments.recipe and not arguments.recipe.endswith(".yaml"):
-            load_recipe(arguments.recipe)
+            RecipeCLI(load_recipe(arguments.recipe).config(), arguments.changes)
     elif not any("/" in word for word in words):  # reports of runs need the runs
         assert main(words) == 0
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.ddp_matrix import CASES, WORLD, build
 from support.modules import Images
 from support.reference import METHODS, SEED, train
 
 TESTS = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]  # one launch serves all of them
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import inspect
 import lightning as L
 import pytest
 import torch
-from support.modules import CHANNELS, CLASSES, CollectionModule, DictModule, PlainModule, loader, network, trainer
-from support.reference import METHODS, SEED
 
 from lightning_robust.attacks import PGD
 from lightning_robust.callbacks import CalibrationMonitor, RobustnessMonitor
 from lightning_robust.models import ImageClassifier
+from support.modules import CHANNELS, CLASSES, CollectionModule, DictModule, PlainModule, loader, network, trainer
+from support.reference import METHODS, SEED
 
 FORMS = {PlainModule: "pair", DictModule: "dict", CollectionModule: "triple"}
 

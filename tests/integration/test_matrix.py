@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+
 from support.modules import PlainModule, loader, trainer
 from support.reference import METHODS, SEED, train, twin
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.modules import PlainModule
 from support.reference import METHODS
 from support.resumable import BATCHES, EPOCHS, run

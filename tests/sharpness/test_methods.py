@@ -75,7 +75,7 @@ def test_group_option_rho_overrides_the_method():
 def test_negative_group_rho_is_refused():
     model, closure = problem()
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "rho": -1.0}], lr=0.1)
-    with pytest.raises(ValueError, match="group option `rho` to be a number >= 0 but got -1.0"):
+    with pytest.raises(ValueError, match=r"group option `rho` to be a number >= 0 but got -1\.0"):
         sharp_backward(closure, SAM(), optimizer)
 
 
@@ -161,7 +161,7 @@ def test_weights_return_after_an_exception():
 
 
 def test_nothing_to_do_is_refused():
-    model, closure = problem()
+    _, closure = problem()
     with pytest.raises(ValueError, match="No trainable parameter"):
         sharp_backward(closure, SAM(), [torch.zeros(3)])
     with pytest.raises(ValueError, match="depends on none"):
@@ -211,8 +211,9 @@ def test_a_method_may_visit_several_points():
         extra_passes = 2
 
         def direction(self, weights, gradients, gradient_at):
-            up = gradient_at([0.1 * torch.ones_like(g) for g in gradients])
-            down = gradient_at([-0.1 * torch.ones_like(g) for g in gradients])
+            ones = [torch.ones_like(g) for g in gradients]
+            up = gradient_at(ones, 0.1)
+            down = gradient_at(ones, torch.tensor(-0.1))
             return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
 
     w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
@@ -222,7 +223,9 @@ def test_a_method_may_visit_several_points():
 
 def test_weights_know_names_and_groups():
     model, _ = problem()
-    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "rho": 1.0}, {"params": model[2].parameters()}], lr=1)
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "rho": 1.0}, {"params": model[2].parameters()}], lr=1
+    )
     weights = Weights.of(optimizer, model)
     assert weights.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert [option.get("rho") for option in weights.options] == [1.0, 1.0, None, None]

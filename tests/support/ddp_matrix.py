@@ -8,14 +8,14 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from support.modules import Images, PlainModule, trainer
-from support.reference import METHODS, SEED
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_robust.callbacks import SharpnessAware
 from lightning_robust.sharpness import SAM
+from support.modules import Images, PlainModule, trainer
+from support.reference import METHODS, SEED
 
 WORLD = 2
 

@@ -54,7 +54,8 @@ class Golden:
     def check(self, name: str, actual: Tensor | float, rtol: float = 1e-9, atol: float = 1e-12) -> None:
         """Compare a result with the recorded array `name`."""
         expected = self.tensor(name)
-        actual = torch.as_tensor(actual).detach().to(expected.dtype).reshape(expected.shape)
+        actual = actual if isinstance(actual, Tensor) else torch.tensor(actual, dtype=torch.float64)
+        actual = actual.detach().to(expected.dtype).reshape(expected.shape)
         torch.testing.assert_close(
             actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{self.path.stem}: {name}: {text}"
         )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from support.modules import CLASSES, loader, network
 from torch.nn import functional as F
 
 from lightning_robust.attacks import PGD
@@ -23,6 +22,7 @@ from lightning_robust.losses import MaxSup
 from lightning_robust.objectives import TRADES
 from lightning_robust.sharpness import ASAM, SAM, SharpnessMethod, WeightBackup, Weights, sharp_direction
 from lightning_robust.training import derive_seed
+from support.modules import CLASSES, loader, network
 
 SEED = 3
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.modules import Images, PlainModule, trainer
-from support.reference import METHODS, SEED
 
 from lightning_robust.data import EpochSampler, ResumableDataLoader
+from support.modules import Images, PlainModule, trainer
+from support.reference import METHODS, SEED
 
 EPOCHS, BATCHES = 2, 4
 
@@ -25,9 +25,7 @@ def run(method, folder, *callbacks, ckpt_path=None):
     L.seed_everything(SEED)
     module = PlainModule()
     saving = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fitting = trainer(
-        *METHODS[method].callbacks(), saving, *callbacks, max_epochs=EPOCHS, enable_checkpointing=True
-    )
+    fitting = trainer(*METHODS[method].callbacks(), saving, *callbacks, max_epochs=EPOCHS, enable_checkpointing=True)
     fitting.fit(module, shuffled_loader(), ckpt_path=ckpt_path)
     return module, fitting
 

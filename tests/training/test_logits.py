@@ -1,10 +1,10 @@
 import lightning as L
 import pytest
 import torch
-from support.modules import CLASSES, CollectionModule, Images, PlainModule
 from torch import nn
 
 from lightning_robust.training import LogitsCapture, LogitsFunction, LogitsNotCaptured
+from support.modules import CLASSES, CollectionModule, Images, PlainModule
 
 X = Images().x[:6]
 
@@ -71,7 +71,7 @@ def test_ambiguity_is_an_error_that_names_the_candidates():
 
 def test_nothing_seen_is_an_error_with_the_remedy():
     module = PlainModule()
-    with LogitsCapture(module) as capture, pytest.raises(LogitsNotCaptured, match="No logits were seen.*logits_from"):
+    with LogitsCapture(module) as capture, pytest.raises(LogitsNotCaptured, match=r"No logits were seen.*logits_from"):
         capture.take()
     with LogitsCapture(module, "net.0") as capture, pytest.raises(LogitsNotCaptured, match="was not called"):
         capture.take()

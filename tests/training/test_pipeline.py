@@ -3,6 +3,9 @@ import inspect
 import lightning as L
 import pytest
 import torch
+
+from lightning_robust.callbacks import SharpnessAware
+from lightning_robust.training import Stage, StepCallback, StepPipeline, loss_of, replace_loss
 from support.modules import (
     CollectionModule,
     DictModule,
@@ -12,9 +15,6 @@ from support.modules import (
     trainer,
     weights_of,
 )
-
-from lightning_robust.callbacks import SharpnessAware
-from lightning_robust.training import Stage, StepCallback, StepPipeline, loss_of, replace_loss
 
 
 class Recorder(StepCallback):
@@ -196,7 +196,7 @@ def test_current_batch_and_loaded_batch():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="SharpnessAware and SharpnessAware cannot work in one Trainer.*'weights'"):
+    with pytest.raises(ValueError, match=r"SharpnessAware and SharpnessAware cannot work in one Trainer.*'weights'"):
         trainer(SharpnessAware(), SharpnessAware(), fast_dev_run=True).fit(PlainModule(), loader())
     with pytest.raises(ValueError, match="needs automatic optimization, but ManualModule"):
         trainer(SharpnessAware(), fast_dev_run=True).fit(ManualModule(), loader())

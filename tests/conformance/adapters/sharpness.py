@@ -1,10 +1,10 @@
 """Sharpness-aware methods against the recorded optimizers."""
 
 import torch
-from support.golden import Golden, adapter
 from torch import nn
 
 from lightning_robust.sharpness import ASAM, SAM, SharpnessMethod, sharp_backward
+from support.golden import Golden, adapter
 
 
 def network(golden: Golden) -> nn.Sequential:

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A label-free penalty on the logits of any LightningModule's training step."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_robust.losses import CrossEntropy, LogitRegularizer
+from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext, loss_of, replace_loss
+
+__all__ = ["LogitRegularization"]
+
+
+class LogitRegularization(StepCallback):
+    r"""Adds a penalty on the logits to the loss of the training step of any LightningModule.
+
+    .. math:: L + \alpha\,\mathrm{mean}(r(z))
+
+    Runs inside the training step, on the logits that the step itself computed, so it costs no forward pass. The
+    coefficient may follow a schedule, whose value is set at the start of every epoch and continues after a resume.
+    The penalty without its coefficient is logged as ``train/<name>`` (the mean over the epoch).
+
+    Samples whose hard label is ``ignore_index`` do not count, as in the cross-entropy; the mean runs over the samples
+    of one process. Validation and test losses are never changed.
+
+    Cost: one pass over the logits per step.
+
+    Args:
+        regularizer: The penalty with its coefficient, for example ``MaxSup(alpha=0.1)``.
+        ignore_index: Hard label of the samples that do not count; only looked at when the batch holds hard labels.
+        logits_from: Dotted name of the sub-module whose output is the logits; found by itself when ``None``.
+        batch: How to read labels from a batch; the usual forms are understood when ``None``.
+
+    Raises:
+        ValueError: At setup, for manual optimization, or for a schedule over a run of unknown length.
+
+    References:
+        See the regularizer, for example :class:`~lightning_robust.losses.MaxSup`.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_robust.callbacks import LogitRegularization
+        >>> from lightning_robust.losses import MaxSup
+        >>> callback = LogitRegularization(MaxSup(alpha=0.1))
+        >>> trainer = L.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
+    """
+
+    stage = Stage.LOSS
+    needs_logits = True
+
+    def __init__(
+        self,
+        regularizer: LogitRegularizer,
+        *,
+        ignore_index: int = -100,
+        logits_from: str | None = None,
+        batch: BatchAdapter | None = None,
+    ) -> None:
+        super().__init__(logits_from=logits_from, batch=batch)
+        self.regularizer = regularizer
+        self.ignore_index = ignore_index
+        self._reads_labels = batch is not None  # the user says where labels are, so failing to find them is an error
+
+    @override
+    def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().check(trainer, pl_module)
+        self._set_progress(trainer)
+        smoothing = next(filter(None, map(_label_smoothing, pl_module.modules())), 0.0)
+        if smoothing:
+            rank_zero_warn(
+                f"The criterion of {type(pl_module).__name__} already smooths its labels (label_smoothing="
+                f"{smoothing:g}), and {type(self.regularizer).__name__} penalises the same logits once more; usually "
+                "one of the two is enough: set label_smoothing to 0 or drop this callback."
+            )
+
+    @override
+    def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.regularizer.to(pl_module.device)
+
+    # A run that continues in the middle of an epoch gets no call at the start of that epoch.
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set_progress(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._set_progress(trainer)
+
+    @override
+    def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
+        output = run(batch)
+        loss = loss_of(output)
+        if loss is None:
+            return output
+        logits = context.logits(self)
+        penalty = self.regularizer.mean_penalty(logits, self._mask(batch, logits))
+        context.log(f"train/{self.regularizer.name}", penalty, batch_size=len(logits))
+        return replace_loss(output, loss + self.regularizer.coefficient * penalty)
+
+    def _set_progress(self, trainer: L.Trainer) -> None:
+        max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        self.regularizer.set_progress(trainer.current_epoch, max_epochs)
+
+    def _mask(self, batch: Any, logits: Tensor) -> Tensor | None:
+        """Which samples count; ``None`` when the batch has no hard labels that fit the logits."""
+        try:
+            labels = self.batch.unpack(batch)[1]
+        except (TypeError, KeyError):
+            if self._reads_labels:
+                raise
+            return None
+        if labels.is_floating_point() or labels.shape != logits.shape[:1] + logits.shape[2:]:
+            return None
+        return labels != self.ignore_index
+
+
+def _label_smoothing(module: torch.nn.Module) -> float:
+    return module.label_smoothing if isinstance(module, CrossEntropy | torch.nn.CrossEntropyLoss) else 0.0

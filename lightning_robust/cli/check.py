@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lightning-robust check``: does a recipe work, in which order does its step run, and what does it cost?"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from lightning_robust.cli.arguments import Arguments
+from lightning_robust.cli.builder import RecipeCLI
+from lightning_robust.cli.errors import CommandError, UsageError
+from lightning_robust.cli.quiet import hush, silence
+from lightning_robust.cli.recipes import load_recipe
+from lightning_robust.cli.substitute import BASELINE, RUN, fill, shared_changes, uses
+from lightning_robust.cli.tables import new_table
+from lightning_robust.training import StepPipeline
+
+__all__ = ["check"]
+
+
+def check(arguments: Arguments) -> None:
+    """Build everything, run one training batch and one validation batch, and print what was built.
+
+    Nothing is written outside of a temporary folder. Where the recipe wants the trained baseline as a teacher, the
+    check uses an untrained one.
+
+    Args:
+        arguments: What the user asked for.
+
+    Raises:
+        CommandError: If the recipe does not work.
+    """
+    hush()
+    recipe = load_recipe(arguments.recipe)
+    config = recipe.config()
+    if arguments.baseline is not None:
+        config["baseline"] = None if arguments.baseline == "none" else arguments.baseline
+    with tempfile.TemporaryDirectory() as folder:
+        words = {RUN: folder}
+        if uses(BASELINE, [config, list(arguments.changes)]):
+            words[BASELINE] = str(_stand_in(config, arguments, Path(folder)))
+        cli = RecipeCLI(fill(config, words), fill(list(arguments.changes), words))
+        options = {"fast_dev_run": 1, "default_root_dir": folder, "logger": False}
+        try:
+            with silence(warnings_too=False):
+                cli.build(**options, enable_progress_bar=False, enable_model_summary=False)
+                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        except CommandError:
+            raise
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            lines = [line for line in str(error).splitlines() if line.strip()][:6] or [type(error).__name__]
+            raise CommandError(
+                f"{recipe.name} is built, but its first batch fails: {kind}{lines[0]}",
+                *lines[1:],
+                "Set LIGHTNING_ROBUST_TRACEBACK=1 to see where.",
+            ) from error
+        _print(recipe.name, cli)
+
+
+def _stand_in(config: dict[str, Any], arguments: Arguments, folder: Path) -> Path:
+    """A checkpoint of the baseline's untrained module."""
+    if config.get("baseline") is None:
+        raise UsageError(f"The recipe uses {BASELINE}, so it needs a baseline; name one with --baseline RECIPE.")
+    baseline = {**load_recipe(str(config["baseline"])).config(), "baseline": None}
+    cli = RecipeCLI(baseline, shared_changes(arguments.changes))
+    cli.rehearse()
+    path = folder / "baseline.ckpt"
+    torch.save({"state_dict": cli.model.state_dict(), "hyper_parameters": dict(cli.model.hparams)}, path)
+    return path
+
+
+def _print(name: str, cli: RecipeCLI) -> None:
+    console = Console()
+    pipeline = StepPipeline(cli.trainer, cli.model)
+    console.print(f"{name} works. Its training step, outermost first:", style="bold", highlight=False)
+    console.print(escape(pipeline.describe()), highlight=False)
+    table = new_table()
+    table.add_column("what", style="cyan")
+    table.add_column("value")
+    for what, value in _facts(cli, pipeline):
+        table.add_row(what, escape(value))
+    console.print(table)
+
+
+def _facts(cli: RecipeCLI, pipeline: StepPipeline) -> list[tuple[str, str]]:
+    trainer, model = cli.trainer, cli.model
+    monitors = [
+        name for name, item in (cli.config_init.methods or {}).items() if item not in (None, *pipeline.callbacks)
+    ]
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    facts = [
+        ("cost of a step", f"{pipeline.passes():g} forward + backward passes (a plain step: 1)"),
+        ("watching", ", ".join(monitors) or "nothing"),
+        ("trainable parameters", f"{trainable:,}"),
+        ("optimizer", ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)),
+        ("device", f"{trainer.num_devices} x {trainer.strategy.root_device.type}, precision {trainer.precision}"),
+        ("samples", _sizes(cli)),
+        ("evaluation", f"attack {cli.evaluation_settings()['attack'] or 'none'}"),
+        ("keeps the epoch with", f"{cli.config.monitor_mode} {cli.config.monitor}"),
+    ]
+    if cli.config.baseline:
+        facts.append(("compared with", cli.config.baseline))
+    return facts
+
+
+def _sizes(cli: RecipeCLI) -> str:
+    trainer = cli.trainer
+    if cli.datamodule is not None:
+        cli.datamodule.setup("test")
+        loaders = {"train": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+        loaders["test"] = cli.datamodule.test_dataloader()
+    else:
+        loaders = {"train": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+    sized = {split: getattr(loader, "dataset", None) for split, loader in loaders.items()}
+    return ", ".join(f"{split} {len(data):,}" for split, data in sized.items() if hasattr(data, "__len__")) or "unknown"

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole training loss that owns its forward passes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_robust.attacks.conditions import Model
+
+__all__ = ["Objective", "ObjectiveOutput", "Prepared"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an objective computes once per batch, at the current weights, before any loss is evaluated.
+
+    Args:
+        x: clean images ``[B, ...]``.
+        y: classes ``[B]`` or probabilities ``[B, C]``.
+        x_adv: attacked images, if the objective attacks.
+        extra: anything else that is fixed for the batch.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_adv: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """The value of an objective on one batch.
+
+    Args:
+        loss: the scalar to minimise.
+        logits: logits ``[B, C]`` that the other terms of a training step and its metrics refer to.
+        logs: detached scalars to log, by name.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    logs: dict[str, Tensor]
+
+
+class Objective(nn.Module, ABC):
+    """Takes the place of a module's own loss, and runs the model itself as often as it needs.
+
+    :meth:`prepare` runs once per batch (an attack, say); :meth:`forward` may run several times on what it made, for
+    example at the weights that a sharpness-aware method perturbs. State that has to survive a restart belongs in
+    buffers.
+
+    Shape:
+        Images are ``[B, ...]``, targets ``[B]`` or ``[B, C]``, logits ``[B, C]``.
+    """
+
+    #: Whether :meth:`prepare` attacks the images; such an objective must get clean ones.
+    attacks: ClassVar[bool] = False
+
+    @abstractmethod
+    def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
+        """Compute what stays fixed for this batch.
+
+        Args:
+            model: maps images to logits.
+            x: clean images.
+            y: targets.
+            generator: source of randomness on the device of ``x``.
+        """
+
+    def passes(self, inner: float) -> float:
+        """Forward+backward passes of a training step with this objective.
+
+        Args:
+            inner: how often the loss is evaluated; 1 in a plain step.
+        """
+        return inner
+
+    @abstractmethod
+    def forward(self, model: Model, prepared: Prepared) -> ObjectiveOutput:
+        """Evaluate the loss at the model's present weights.
+
+        Args:
+            model: maps images to logits, in the mode and precision of the training step.
+            prepared: what :meth:`prepare` made of the batch.
+        """

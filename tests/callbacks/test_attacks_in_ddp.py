@@ -1,0 +1,70 @@
+"""Attacks in two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_robust.callbacks import RobustnessMonitor
+from support.ddp_attacked import LIMIT, attack
+from support.modules import PlainModule, loader, trainer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "support.ddp_attacked", str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    # Lightning warns about values that are logged unreduced; PlainModule's own are named without a slash
+    assert not any(f"self.log('{ours}/" in output for output in outputs for ours in ("train", "val"))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_monitor_counts_what_one_process_counts(ranks):
+    (alone,) = trainer(RobustnessMonitor(attack(), max_samples=LIMIT)).validate(PlainModule(), loader(), verbose=False)
+    for rank in ranks:
+        for name in ("val/adv_acc", "val/adv_nll"):
+            assert rank["logged"][name] == pytest.approx(alone[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adversarial", "objective"])
+def test_ranks_keep_the_same_weights_and_numbers(ranks, name):
+    assert torch.equal(ranks[0][name], ranks[1][name])
+    logged = [{key: value for key, value in rank[f"{name} metrics"].items() if "val_loss" not in key} for rank in ranks]
+    own = {"train_acc", "train_loss"}  # the module logs these without reducing them
+    assert all(logged[0][key] == logged[1][key] for key in set(logged[0]) - own)
+    assert {"val/adv_acc"} <= set(logged[0]) or name == "objective"
+
+
+def test_starts_differ_between_ranks(ranks):
+    assert not torch.isclose(ranks[0]["perturbations"], ranks[1]["perturbations"]).any()
