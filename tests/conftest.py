@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pytest.terminal import TerminalReporter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RECORDED = "test_golden.py::test_recorded_values["
+NONE = "[none]"  # the case that says that there is no folder of recorded values
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,3 +71,21 @@ def no_double_imports() -> Iterator[None]:
     yield
     strangers = {"callbacks", "recipes"} & set(sys.modules)
     assert not strangers, f"imported past the package: {sorted(strangers)}; use lightning_robust.*"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    """How many recorded files are matched, and how many wait for their method.
+
+    It stands here and not in tests/conformance, whose conftest a parallel run reads in its workers only.
+    """
+    stats = terminalreporter.stats
+    names = {
+        outcome: [report.nodeid for report in stats.get(outcome, [])] for outcome in ("passed", "failed", "skipped")
+    }
+    counts = {outcome: sum(RECORDED in name and NONE not in name for name in found) for outcome, found in names.items()}
+    if any(counts.values()):
+        terminalreporter.write_line(
+            f"recorded values: {counts['passed']} matched, {counts['failed']} different, "
+            f"{counts['skipped']} waiting for their method"
+        )

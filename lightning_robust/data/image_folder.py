@@ -56,6 +56,13 @@ class ImageFolderDataModule(ImageDataModule):
         FileNotFoundError: ``root/train`` is missing, or ``root/test`` when testing.
         ValueError: a folder has other classes than the training folder, or as in
             :class:`~lightning_robust.data.ImageDataModule`.
+
+    Example:
+        >>> for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        ...     Path("photos", name).mkdir(parents=True)
+        ...     Image.new("RGB", (12, 8)).save(Path("photos", name, "1.png"))
+        >>> ImageFolderDataModule(root="photos", image_size=8, val_fraction=0.0).num_classes
+        2
     """
 
     def __init__(self, *, root: str, image_size: int = 224, resize: int | None = None, **kwargs: Any) -> None:

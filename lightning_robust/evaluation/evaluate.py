@@ -94,8 +94,9 @@ def evaluate(
 
 class _Counts:
     def __init__(self, n_bins: int, device: torch.device) -> None:
-        self.plain = TopLabelReliability(n_bins=n_bins).to(device)
-        self.scaled = TopLabelReliability(n_bins=n_bins).to(device)
+        # This process has all samples: it must not wait for others that do not evaluate.
+        self.plain = TopLabelReliability(n_bins=n_bins, sync_on_compute=False).to(device)
+        self.scaled = TopLabelReliability(n_bins=n_bins, sync_on_compute=False).to(device)
         self.attacked = 0
         self.robust = 0
 

@@ -47,6 +47,11 @@ def create_backbone(
         raise TypeError(
             f"Expected `backbone` to be a timm name or a torch.nn.Module but got {type(backbone).__name__}."
         )
+    if backbone.startswith("<"):  # what ImageClassifier notes in checkpoints in place of a module
+        raise ValueError(
+            f"The checkpoint was made from a backbone object {backbone}, which it does not contain; pass it: "
+            "load_from_checkpoint(path, backbone=...)."
+        )
     # a name with a colon points to a hub or a folder, which only timm can look up
     if ":" not in backbone and not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.5)

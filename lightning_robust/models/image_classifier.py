@@ -2,16 +2,15 @@
 """A LightningModule for image classification that every method of this library fits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
@@ -20,7 +19,8 @@ from lightning_robust.checks import check_choice, check_integer
 from lightning_robust.losses import Criterion, CrossEntropy
 from lightning_robust.models.create import create_backbone
 from lightning_robust.models.inputs import check_image_form, check_image_values, check_labels
-from lightning_robust.models.normalize import Normalize
+from lightning_robust.models.normalize import normalization
+from lightning_robust.models.optimization import Interval, Scheduler, optimization
 from lightning_robust.objectives import Objective
 from lightning_robust.training import BatchAdapter
 
@@ -83,8 +83,8 @@ class ImageClassifier(L.LightningModule):
         criterion: Criterion | None = None,
         objective: Objective | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        lr_scheduler: Literal["cosine"] | LRSchedulerCallable | None = None,
-        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler: Scheduler = None,
+        scheduler_interval: Interval = "epoch",
         backbone_options: dict[str, Any] | None = None,
         channels_last: bool = False,
     ) -> None:
@@ -96,8 +96,8 @@ class ImageClassifier(L.LightningModule):
         options = dict(backbone_options or {})
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.normalize = _normalization(mean, std, in_chans)
-        self.backbone = create_backbone(_rebuildable(backbone), num_classes, in_chans, **options)
+        self.normalize = normalization(mean, std, in_chans)
+        self.backbone = create_backbone(backbone, num_classes, in_chans, **options)
         self.criterion = criterion if criterion is not None else CrossEntropy()
         self.metrics = _metrics(num_classes)  # by the name under which each is logged
         self.optimizer = optimizer
@@ -172,17 +172,10 @@ class ImageClassifier(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        if self.lr_scheduler == "cosine":
-            scheduler: Any = CosineAnnealingLR(optimizer, T_max=self._horizon())
-        else:
-            scheduler = self.lr_scheduler(optimizer)
-        settings: Any = {"scheduler": scheduler, "interval": self.scheduler_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            settings["monitor"] = scheduler.monitor
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # only "cosine" asks for the Trainer, so that the rest works without one
+        trainer = self.trainer if self.lr_scheduler == "cosine" else None
+        return optimization(self.optimizer(parameters), self.lr_scheduler, self.scheduler_interval, trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -242,13 +235,6 @@ class ImageClassifier(L.LightningModule):
         if trainable:
             self.objective_parameters = nn.ParameterList(trainable)
 
-    def _horizon(self) -> int:
-        by_step = self.scheduler_interval == "step"
-        length = self.trainer.estimated_stepping_batches if by_step else (self.trainer.max_epochs or -1)
-        if not 0 < length < float("inf"):
-            raise ValueError('Expected a Trainer with max_epochs (or max_steps, by "step") for lr_scheduler="cosine".')
-        return int(length)
-
 
 def _metrics(num_classes: int) -> nn.ModuleDict:
     # The mean of a plain logged value is rounded by Lightning when processes have different numbers of samples.
@@ -257,22 +243,3 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
         metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # looking for NaN waits for the device
         metrics[f"{stage}/acc"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
     return nn.ModuleDict(metrics)
-
-
-def _normalization(mean: Sequence[float] | None, std: Sequence[float] | None, in_chans: int) -> nn.Module:
-    if (mean is None) != (std is None):
-        raise ValueError(f"Expected `mean` and `std` together but got {mean} and {std}.")
-    if mean is None or std is None:
-        return nn.Identity()
-    if len(mean) not in (1, in_chans):
-        raise ValueError(f"Expected `mean` and `std` to have 1 or {in_chans} values but got {len(mean)}.")
-    return Normalize(mean, std)
-
-
-def _rebuildable(backbone: str | Callable[..., Any]) -> str | Callable[..., Any]:
-    if isinstance(backbone, str) and backbone.startswith("<"):
-        raise ValueError(
-            f"The checkpoint was made from a backbone object {backbone}, which it does not contain; pass it: "
-            "load_from_checkpoint(path, backbone=...)."
-        )
-    return backbone

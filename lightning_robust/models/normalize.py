@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_robust.checks import check_positive
 
-__all__ = ["Normalize"]
+__all__ = ["Normalize", "normalization"]
 
 
 class Normalize(nn.Module):
@@ -49,3 +49,27 @@ class Normalize(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def normalization(mean: Sequence[float] | None, std: Sequence[float] | None, in_chans: int) -> nn.Module:
+    """Build the normalisation of a model, or nothing.
+
+    Args:
+        mean: mean of each channel, or of all; ``None`` for no normalisation.
+        std: standard deviation, likewise.
+        in_chans: number of channels.
+
+    Raises:
+        ValueError: only one of both is given, or another number of values than channels.
+
+    Example:
+        >>> normalization(None, None, in_chans=3)
+        Identity()
+    """
+    if (mean is None) != (std is None):
+        raise ValueError(f"Expected `mean` and `std` together but got {mean} and {std}.")
+    if mean is None or std is None:
+        return nn.Identity()
+    if len(mean) not in (1, in_chans):
+        raise ValueError(f"Expected `mean` and `std` to have 1 or {in_chans} values but got {len(mean)}.")
+    return Normalize(mean, std)

@@ -55,7 +55,7 @@ def test_ranks_and_epochs_differ():
     values = set()
     for rank in range(2):
         for epoch in range(2):
-            SeededSteps(seed=0).on_train_batch_start(Position(rank, epoch), None, None, 0)
+            SeededSteps(seed=0).on_train_batch_start(Position(rank, epoch), PlainModule(), None, 0)
             values.add(torch.rand(1).item())
     assert len(values) == 4
 

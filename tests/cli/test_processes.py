@@ -22,7 +22,7 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 def finish(*command, **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

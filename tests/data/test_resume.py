@@ -6,8 +6,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_robust.callbacks import SeededSteps
-from lightning_robust.data import DigitsDataModule
+from lightning_robust.data import DigitsDataModule, EpochSampler, ResumableDataLoader
 from lightning_robust.models import ImageClassifier
+from support.modules import Images, PlainModule
 
 BATCHES, EPOCHS = 13, 3  # 1,295 images in batches of 100
 
@@ -126,3 +127,23 @@ def test_another_batch_size_in_mid_epoch_is_refused(interval, tmp_path):
 def test_overfit_batches_still_works(tmp_path):
     with pytest.warns(UserWarning, match="turning off the train dataloader shuffling"):
         assert fit(tmp_path, overfit_batches=2, max_epochs=1, every=None) is not None
+
+
+def test_loader_works_in_any_project(tmp_path):
+    """Without our data module, Lightning saves and restores the state of the loader itself."""
+
+    def plain(ckpt_path=None):
+        data = Images()
+        loader = ResumableDataLoader(data, 5, sampler=EpochSampler(data, seed=1))
+        saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
+        trainer = L.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=3,
+            callbacks=[saving],
+        )  # fmt: skip
+        module = PlainModule()
+        trainer.fit(module, loader, ckpt_path=ckpt_path)
+        return module.state_dict()
+
+    whole = plain()
+    assert same(whole, plain(tmp_path / "step=9.ckpt"))
+    assert same(whole, plain(tmp_path / "step=6.ckpt"))

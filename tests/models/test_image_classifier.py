@@ -1,10 +1,13 @@
 """The reusable module, under a real Trainer."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI, ReduceLROnPlateau
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_robust.callbacks import ObjectiveTraining
@@ -352,3 +355,30 @@ def test_command_line_and_config(tmp_path, monkeypatch):
     assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (0.05, 0.9)
     path = cli.trainer.checkpoint_callback.best_model_path
     assert ImageClassifier.load_from_checkpoint(path, weights_only=True).hparams["num_classes"] == 10
+
+
+def test_no_step_waits_for_the_device():
+    """Reading a value of a tensor is what makes an accelerator wait; after the first batch no step does."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    model = small(mean=[0.5], std=[0.5])
+    x, y = next(iter(loader()))
+    model.on_train_batch_start((x, y), 0)
+    with Reads() as reads, warnings.catch_warnings(action="ignore"):
+        torch.ones(()).item()
+        assert reads.count == 1  # this is how they are seen
+        model.on_train_batch_start((x, y), 1)
+        model.training_step((x, y), 1)["loss"].backward()
+    assert reads.count == 1
+
+
+def test_barebones_trainer():
+    run = L.Trainer(barebones=True, accelerator="cpu", max_epochs=1)
+    with pytest.warns(UserWarning, match="barebones"):  # Lightning says what it leaves out
+        run.fit(small(), loader())

@@ -36,7 +36,7 @@ class TinyClassifier(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.log("val/acc", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels))
+        self.log("val/acc", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)

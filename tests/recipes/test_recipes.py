@@ -1,0 +1,58 @@
+"""The recipes that come with the library."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lightning_robust.cli import main
+from lightning_robust.cli.builder import RecipeCLI
+from lightning_robust.cli.recipes import bundled_recipes
+from lightning_robust.cli.substitute import BASELINE, fill
+
+RECIPES = bundled_recipes()
+DIGITS = [name for name in RECIPES if name.startswith("digits-")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_form(name):
+    recipe = RECIPES[name]
+    assert len(recipe.text.splitlines()) <= 40
+    assert max(map(len, recipe.text.splitlines())) <= 120
+    assert recipe.summary.endswith(".")
+    assert recipe.cost.startswith("Cost ")
+    assert recipe.config()["seed_everything"] == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_configuration_is_accepted_and_everything_can_be_built(name):
+    config = fill(RECIPES[name].config(), {BASELINE: "some.ckpt"})
+    cli = RecipeCLI({**config, "trainer": {**config["trainer"], "accelerator": "cpu"}})
+    cli.rehearse()
+    assert cli.model.num_classes == 10
+    assert cli.evaluation_settings()["attack"].startswith("PGD(")
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_digits_recipes_work(name, capsys, own_folder):
+    assert main(["check", name, "--trainer.accelerator", "cpu"]) == 0
+    out = capsys.readouterr().out
+    passes = next(line for line in out.splitlines() if "forward + backward" in line).split()[4]
+    assert RECIPES[name].cost.startswith(f"Cost {passes} pass")
+    assert not os.listdir(own_folder)
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_digits_recipes_differ_from_their_baseline_in_the_methods_only(name):
+    config, standard = RECIPES[name].config(), RECIPES["digits-standard"].config()
+    if name != "digits-standard":
+        assert config["baseline"] == "digits-standard"
+    for part in ("model", "data", "trainer", "evaluation", "seed_everything"):
+        assert config[part] == standard[part]
+
+
+def test_they_are_found_from_any_folder(own_folder):
+    code = "from lightning_robust.cli.recipes import bundled_recipes; print(*bundled_recipes())"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=own_folder)
+    assert out.stdout.split() == list(RECIPES)
