@@ -58,7 +58,7 @@ docs: $(STAMPS)/dev ## build the documentation into docs/_build/html; warnings a
 
 wheel-test: $(STAMPS)/dev ## build sdist and wheel into dist/, install the wheel elsewhere, use it
 	@echo "==> python -m build, then the packaging tests on dist/"
-	@rm -rf dist
+	@rm -rf dist && mkdir -p build
 	@$(BIN)/python -m build --outdir dist . > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
 	@$(TEST_ENV) $(BIN)/pytest tests/packaging --dist-folder dist -q
 

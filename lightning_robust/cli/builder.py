@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Callback
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from lightning_robust.attacks import Attack
 from lightning_robust.callbacks import SeededSteps
+from lightning_robust.checks import check_integer
 from lightning_robust.cli.catalog import import_rooms
 from lightning_robust.cli.errors import UsageError
 from lightning_robust.cli.messages import build_refusal, check_methods, parse_refusal
@@ -39,7 +41,7 @@ class RecipeCLI(LightningCLI):
 
     Beside Lightning's own parts (``model``, ``data``, ``trainer``, ``seed_everything``) a recipe has ``methods``,
     callbacks by name; ``monitor`` and ``monitor_mode``, the metric whose best epoch is kept; ``evaluation``, how the
-    result is measured; ``baseline``, the recipe to compare with.
+    result is measured; ``baseline``, the recipe to compare with; ``threads``, the number of CPU threads.
 
     Args:
         config: The recipe.
@@ -77,6 +79,9 @@ class RecipeCLI(LightningCLI):
         )
         parser.add_argument("--monitor", type=str, default="val/acc", help="metric whose best epoch is kept")
         parser.add_argument("--monitor_mode", type=str, default="max", choices=["max", "min"])
+        parser.add_argument(
+            "--threads", type=int | None, default=None, help="CPU threads; one is best for tiny networks"
+        )
         parser.add_argument("--baseline", type=str | None, default=None, help="recipe to compare with")
         parser.add_argument("--evaluation.attack", type=Attack | None, default=None, help="attack to withstand")
         parser.add_argument(
@@ -131,6 +136,9 @@ class RecipeCLI(LightningCLI):
         self._built = True
         self._set_seed()
         try:
+            if (threads := self.config.threads) is not None:
+                check_integer("threads", threads, 1)
+                torch.set_num_threads(threads)
             self.instantiate_classes()
         except UsageError:
             raise

@@ -2,8 +2,8 @@
 """``lightning-robust check``: does a recipe work, in which order does its step run, and what does it cost?"""
 
 import tempfile
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,10 +11,10 @@ from rich.markup import escape
 
 from lightning_robust.cli.arguments import Arguments
 from lightning_robust.cli.builder import RecipeCLI
-from lightning_robust.cli.errors import CommandError, UsageError
+from lightning_robust.cli.errors import CommandError
+from lightning_robust.cli.jobs import Job, baseline_job, main_job
 from lightning_robust.cli.quiet import hush, silence
-from lightning_robust.cli.recipes import load_recipe
-from lightning_robust.cli.substitute import BASELINE, RUN, fill, shared_changes, uses
+from lightning_robust.cli.substitute import BASELINE, RUN, uses
 from lightning_robust.cli.tables import new_table
 from lightning_robust.training import StepPipeline
 
@@ -34,15 +34,13 @@ def check(arguments: Arguments) -> None:
         CommandError: If the recipe does not work.
     """
     hush()
-    recipe = load_recipe(arguments.recipe)
-    config = recipe.config()
-    if arguments.baseline is not None:
-        config["baseline"] = None if arguments.baseline == "none" else arguments.baseline
+    job = main_job(arguments)
+    baseline = baseline_job(job)
     with tempfile.TemporaryDirectory() as folder:
         words = {RUN: folder}
-        if uses(BASELINE, [config, list(arguments.changes)]):
-            words[BASELINE] = str(_stand_in(config, arguments, Path(folder)))
-        cli = RecipeCLI(fill(config, words), fill(list(arguments.changes), words))
+        if baseline is not None and uses(BASELINE, [job.config, job.changes]):
+            words[BASELINE] = str(_stand_in(baseline, Path(folder)))
+        cli = job.parse(words)
         options = {"fast_dev_run": 1, "default_root_dir": folder, "logger": False}
         try:
             with silence(warnings_too=False):
@@ -54,19 +52,16 @@ def check(arguments: Arguments) -> None:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             lines = [line for line in str(error).splitlines() if line.strip()][:6] or [type(error).__name__]
             raise CommandError(
-                f"{recipe.name} is built, but its first batch fails: {kind}{lines[0]}",
+                f"{job.name} is built, but its first batch fails: {kind}{lines[0]}",
                 *lines[1:],
                 "Set LIGHTNING_ROBUST_TRACEBACK=1 to see where.",
             ) from error
-        _print(recipe.name, cli)
+        _print(job.name, cli)
 
 
-def _stand_in(config: dict[str, Any], arguments: Arguments, folder: Path) -> Path:
+def _stand_in(baseline: Job, folder: Path) -> Path:
     """A checkpoint of the baseline's untrained module."""
-    if config.get("baseline") is None:
-        raise UsageError(f"The recipe uses {BASELINE}, so it needs a baseline; name one with --baseline RECIPE.")
-    baseline = {**load_recipe(str(config["baseline"])).config(), "baseline": None}
-    cli = RecipeCLI(baseline, shared_changes(arguments.changes))
+    cli = baseline.parse({RUN: str(folder)})
     cli.rehearse()
     path = folder / "baseline.ckpt"
     torch.save({"state_dict": cli.model.state_dict(), "hyper_parameters": dict(cli.model.hparams)}, path)
@@ -78,6 +73,9 @@ def _print(name: str, cli: RecipeCLI) -> None:
     pipeline = StepPipeline(cli.trainer, cli.model)
     console.print(f"{name} works. Its training step, outermost first:", style="bold", highlight=False)
     console.print(escape(pipeline.describe()), highlight=False)
+    console.print("Why in this order:", style="bold", highlight=False)
+    for stage, reason in pipeline.reasons().items():
+        console.print(f"{stage:<9} {reason}", highlight=False, markup=False, soft_wrap=True)
     table = new_table()
     table.add_column("what", style="cyan")
     table.add_column("value")
@@ -116,4 +114,5 @@ def _sizes(cli: RecipeCLI) -> str:
     else:
         loaders = {"train": trainer.train_dataloader, "validation": trainer.val_dataloaders}
     sized = {split: getattr(loader, "dataset", None) for split, loader in loaders.items()}
-    return ", ".join(f"{split} {len(data):,}" for split, data in sized.items() if hasattr(data, "__len__")) or "unknown"
+    counts = [f"{split} {len(data):,}" for split, data in sized.items() if isinstance(data, Sized)]
+    return ", ".join(counts) or "unknown"

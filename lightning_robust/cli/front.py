@@ -5,8 +5,9 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.status import Status
@@ -23,6 +24,8 @@ start here:
   lightning-robust run digits-sam --methods.sharpness.method.rho 0.1 --trainer.max_epochs 5
   lightning-robust copy digits-sam mine.yaml                 then: lightning-robust run mine.yaml
 """
+
+CHECK_USAGE = "lightning-robust check RECIPE [--baseline RECIPE|none] [--any.option VALUE ...]"
 
 RUN_USAGE = """lightning-robust run RECIPE [--out FOLDER] [--baseline RECIPE|none] [--fresh] [--any.option VALUE ...]
        lightning-robust run --resume RUN_FOLDER
@@ -91,52 +94,35 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lightning-robust {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_commands(parser.add_subparsers(dest="command", metavar="COMMAND"))
+    return parser
 
-    def command(name: str, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+
+def _add_commands(commands: Any) -> None:
+    def command(name: str, call: Callable[[argparse.Namespace], Any], text: str, **more: Any) -> Any:
         # Sub-parsers do not inherit allow_abbrev: without it `--forc` would pass for `--force`.
-        return commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        form = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, formatter_class=form, **more)
+        sub.set_defaults(call=call)
+        return sub
 
-    sub = command("list", "Table of recipes: what each shows and what it costs.")
-    sub.set_defaults(call=_list)
-
-    sub = command("show", "Print a recipe.")
+    command("list", _list, "Table of recipes: what each shows and what it costs.")
+    sub = command("show", _show, "Print a recipe.")
     sub.add_argument("recipe", help="name of a recipe, or a YAML file")
-    sub.set_defaults(call=_show)
-
-    sub = command("copy", "Copy a recipe to a file of your own.")
+    sub = command("copy", _copy, "Copy a recipe to a file of your own.")
     sub.add_argument("recipe", help="name of a recipe")
     sub.add_argument("target", nargs="?", type=Path, default=Path(), help="file or folder to write (default: here)")
     sub.add_argument("--force", action="store_true", help="overwrite an existing file")
-    sub.set_defaults(call=_copy)
-
-    sub = command("methods", "Table of the callbacks, or the options of one of them.")
+    sub = command("methods", _methods, "Table of the callbacks, or the options of one of them.")
     sub.add_argument("name", nargs="?", help="name of a class, for example SharpnessAware or SAM")
-    sub.set_defaults(call=_methods)
-
-    sub = command("check", "Build everything, run one batch, print the order of the step and its cost.", CHANGES)
-    sub.usage = "lightning-robust check RECIPE [--baseline RECIPE|none] [--any.option VALUE ...]"
-    sub.set_defaults(call=_check)
-
-    sub = command("run", "Train a recipe (and the baseline that it names), evaluate, and compare.", CHANGES)
-    sub.usage = RUN_USAGE
-    sub.set_defaults(call=_run)
-
-    sub = command("report", "Table, and optionally a picture, of several runs side by side.")
+    text = "Build everything, run one batch, print the order of the step and its cost."
+    command("check", _check, text, epilog=CHANGES, usage=CHECK_USAGE)
+    text = "Train a recipe (and the baseline that it names), evaluate, and compare."
+    command("run", _run, text, epilog=CHANGES, usage=RUN_USAGE)
+    sub = command("report", _report, "Table, and optionally a picture, of several runs side by side.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     sub.add_argument("--plot", type=Path, metavar="PNG", help="write a picture, and its numbers as CSV beside it")
-    sub.set_defaults(call=_report)
-
-    sub = command("env", "Versions and platform, for a bug report.")
-    sub.set_defaults(call=_env)
-    return parser
+    command("env", _env, "Versions and platform, for a bug report.")
 
 
 # Each command imports what it needs: `list`, `show`, `copy` and `report` must not wait for torch.

@@ -78,11 +78,13 @@ def forget_plan() -> None:
 def _store() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    from torch.distributed import PrefixStore, TCPStore
+    import torch.distributed as dist
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
     # A restarted group of workers makes a new plan.
-    return PrefixStore(f"lightning-robust/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    prefix = f"lightning-robust/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
 def _slurm_file(out: Path) -> Path | None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from lightning_robust.cli.builder import RecipeCLI
 from lightning_robust.cli.errors import CommandError
 from lightning_robust.cli.folders import CONFIG
-from lightning_robust.cli.train import best_weights
+from lightning_robust.cli.substitute import RUN, fill
+from lightning_robust.cli.train import best_weights, load_checkpoint
 from lightning_robust.evaluation import evaluate
 from lightning_robust.training import BatchAdapter, LogitsFunction
 
@@ -32,8 +32,7 @@ def measure(cli: RecipeCLI, folder: Path) -> dict[str, Any] | None:
     """
     weights = best_weights(folder)
     if weights.is_file():
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-        cli.model.load_state_dict(content["state_dict"])
+        cli.model.load_state_dict(load_checkpoint(weights)["state_dict"])
     test, validation = _loader(cli, "test"), _loader(cli, "val")
     if test is None:
         return None
@@ -69,7 +68,7 @@ def measure_saved(folder: Path, like: RecipeCLI) -> dict[str, Any] | None:
     """
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     wanted = yaml.safe_load(like.text())
-    saved = RecipeCLI({**config, "evaluation": wanted["evaluation"]})
+    saved = RecipeCLI({**fill(config, {RUN: str(folder)}), "evaluation": wanted["evaluation"]})
     saved.rehearse()
     return measure(saved, folder)
 

@@ -85,7 +85,7 @@ def _reliability(axes: Axes, row: dict[str, Any]) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_title(f"{row['name']}: ECE {found['ece']:.3f}, NLL {found['nll']:.3f}", fontsize=10)
-    axes.set_xlabel("confidence; red: over-, yellow: under-confident", fontsize=8)
+    axes.set_xlabel("confidence (red: over-, yellow: under-confident, pale: few)", fontsize=8)
     axes.set_ylabel("accuracy", fontsize=8)
     _plain(axes)
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_robust.cli.errors import UsageError, did_you_mean
+from lightning_robust.cli.folders import CONFIG, SUMMARY, read_summary
 
 __all__ = ["Recipe", "bundled_recipes", "copy_recipe", "load_recipe"]
 
@@ -88,7 +89,7 @@ def load_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.is_file():
         try:
-            return Recipe(path.stem, path.read_text(encoding="utf-8"), str(path))
+            return Recipe(_name(path), path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} cannot be read: {error}.") from error
     if path.is_dir():
@@ -100,6 +101,13 @@ def load_recipe(name: str) -> Recipe:
         did_you_mean(name, [*bundled, *map(str, Path().glob("*.yaml"))]),
         "All recipes: lightning-robust list",
     )
+
+
+def _name(path: Path) -> str:
+    # The saved configuration of a run is called config.yaml, whatever the recipe was.
+    if path.name == CONFIG and (path.parent / SUMMARY).is_file():
+        return str(read_summary(path.parent).get("recipe", path.stem))
+    return path.stem
 
 
 def copy_recipe(name: str, target: Path, *, force: bool = False) -> Path:

@@ -20,7 +20,7 @@ INSTALL_PLOT = 'pip install "lightning-robust[plot]"'
 # (heading, key in the evaluation, or in the summary itself when it starts with a dot, format)
 COLUMNS = (
     ("clean\nacc.", "accuracy", "{:.1%}"),
-    ("attacked\nacc.", "robust_accuracy", "{:.1%}"),
+    ("attack\nacc.", "robust_accuracy", "{:.1%}"),
     ("ECE", "ece", "{:.3f}"),
     ("ECE\nscaled", "ece_scaled", "{:.3f}"),
     ("NLL", "nll", "{:.3f}"),

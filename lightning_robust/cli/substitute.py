@@ -40,7 +40,7 @@ def fill(value: T, words: Mapping[str, str]) -> T:
 
 def uses(word: str, value: Any) -> bool:
     """Whether a word stands anywhere in a nested structure."""
-    return fill(value, {word: ""}) != value
+    return bool(fill(value, {word: ""}) != value)
 
 
 def shared_changes(changes: Sequence[str]) -> list[str]:

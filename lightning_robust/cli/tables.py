@@ -48,7 +48,7 @@ def recipe_table() -> Table:
     table.add_column("shows")
     table.add_column("cost and time")
     for recipe in bundled_recipes().values():
-        table.add_row(recipe.name, recipe.summary, recipe.cost)
+        table.add_row(recipe.name, recipe.summary, recipe.cost.removeprefix("Cost "))
     return table
 
 

@@ -18,7 +18,7 @@ from lightning_robust.cli.launch import is_first_process
 from lightning_robust.cli.records import BEST, RESUMABLE, RunLogger, TrainingClock, run_checkpoints
 from lightning_robust.training import StepPipeline
 
-__all__ = ["best_weights", "latest_checkpoint", "start_summary", "train"]
+__all__ = ["best_weights", "latest_checkpoint", "load_checkpoint", "start_summary", "train"]
 
 
 def start_summary(recipe: str, cli: RecipeCLI, folder: Path, **more: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def start_summary(recipe: str, cli: RecipeCLI, folder: Path, **more: Any) -> dic
 
     Args:
         recipe: Name of the recipe.
-        cli: The parsed recipe.
+        cli: The parsed recipe, its words in braces as they are.
         folder: The run folder.
         **more: Further entries.
     """
@@ -36,6 +36,7 @@ def start_summary(recipe: str, cli: RecipeCLI, folder: Path, **more: Any) -> dic
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "lightning_robust": __version__,
         "monitor": cli.config.monitor,
+        "fingerprint": cli.fingerprint(),
         **more,
     }
     write_text(folder / CONFIG, cli.text())
@@ -134,11 +135,15 @@ def best_weights(folder: Path) -> Path:
 
 
 def _steps(checkpoint: Path) -> int:
-    return int(_load(checkpoint)["global_step"])
+    return int(load_checkpoint(checkpoint)["global_step"])
 
 
-def _load(checkpoint: Path) -> dict[str, Any]:
-    # A training state holds whatever the callbacks of the user's own run keep; it is read from the user's own folder.
+def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run folder, with whatever the callbacks and the module of that run have put into it.
+
+    Args:
+        checkpoint: A file that an earlier run of the same user wrote.
+    """
     content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
     return content
 
@@ -149,7 +154,7 @@ def _trusted(checkpoint: Path | None) -> dict[str, Any]:
 
 
 def _refuse_other_classes(model: L.LightningModule, checkpoint: Path) -> None:
-    content = _load(checkpoint)
+    content = load_checkpoint(checkpoint)
     now, then = getattr(model, "num_classes", None), content.get("hyper_parameters", {}).get("num_classes")
     if now is not None and then is not None and now != then:
         raise CommandError(f"{checkpoint} was trained for {then} classes but the configuration says {now}.")

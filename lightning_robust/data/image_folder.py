@@ -58,10 +58,12 @@ class ImageFolderDataModule(ImageDataModule):
             :class:`~lightning_robust.data.ImageDataModule`.
 
     Example:
-        >>> for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        ...     Path("photos", name).mkdir(parents=True)
-        ...     Image.new("RGB", (12, 8)).save(Path("photos", name, "1.png"))
-        >>> ImageFolderDataModule(root="photos", image_size=8, val_fraction=0.0).num_classes
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        ...         Path(root, name).mkdir(parents=True)
+        ...         Image.new("RGB", (12, 8)).save(Path(root, name, "1.png"))
+        ...     ImageFolderDataModule(root=root, image_size=8, val_fraction=0.0).num_classes
         2
     """
 

@@ -99,6 +99,7 @@ CHANGES = [
         "`model.num_classes` is 11 but DigitsDataModule has 10.",
         "it is taken from the data",
     ),
+    (["--threads", "0"], "Expected `threads` to be an integer >= 1 but got 0.", ""),
     (["--config", "x.yaml"], "--config is not an option: give the file as the recipe.", ""),
     (["--otu=x"], "There is no option `otu`.", ""),
     (["second.yaml"], "`check` takes one recipe, got tiny.yaml, second.yaml.", ""),

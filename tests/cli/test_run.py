@@ -56,7 +56,7 @@ def test_the_saved_configuration_is_full_and_runs_again_with_the_same_result(lr,
     assert config["model"]["init_args"]["width"] == 12
     assert config["trainer"]["accumulate_grad_batches"] == 1
     assert lr("run", "runs/tiny/1/config.yaml").code == 0
-    again = summary("runs/config/1")["evaluation"]
+    again = summary("runs/tiny/2")["evaluation"]
     assert again == summary("runs/tiny/1")["evaluation"]
 
 
@@ -149,7 +149,9 @@ def test_the_best_checkpoint_of_the_baseline_can_teach(lr, tiny):
     teacher = torch.load("runs/plain/1/checkpoints/best.ckpt", weights_only=True)
     assert teacher["hyper_parameters"]["num_classes"] == 10
     saved = yaml.safe_load(Path("runs/student/1/config.yaml").read_text())
-    assert saved["methods"]["teacher"]["init_args"]["teacher"].endswith("runs/plain/1/checkpoints/best.ckpt")
+    assert saved["methods"]["teacher"]["init_args"]["teacher"] == "{baseline}"
+    assert "reusing" in lr("run", "runs/student/1/config.yaml").out
+    assert summary("runs/student/2")["evaluation"] == summary("runs/student/1")["evaluation"]
 
 
 def test_no_attack_and_no_matplotlib(lr, tiny, monkeypatch):

@@ -21,8 +21,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recorded" not in metafunc.fixturenames:
         return
     named = metafunc.config.getoption("--golden")
-    folder = named or metafunc.config.rootpath.parent / "shared" / "golden"
-    files = discover(folder)
+    folder: Path = named or metafunc.config.rootpath.parent / "shared" / "golden"
+    files = discover(folder.resolve())  # a test runs in a folder of its own
     if named and not files:  # a typing error must not look like a run without failures
         raise pytest.UsageError(f"--golden {named}: no FAMILY/METHOD_CASE.npz in this folder")
     if files:

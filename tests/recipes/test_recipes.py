@@ -48,7 +48,7 @@ def test_digits_recipes_differ_from_their_baseline_in_the_methods_only(name):
     config, standard = RECIPES[name].config(), RECIPES["digits-standard"].config()
     if name != "digits-standard":
         assert config["baseline"] == "digits-standard"
-    for part in ("model", "data", "trainer", "evaluation", "seed_everything"):
+    for part in ("model", "data", "trainer", "evaluation", "seed_everything", "threads"):
         assert config[part] == standard[part]
 
 

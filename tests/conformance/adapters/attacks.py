@@ -26,6 +26,8 @@ def losses_on_logits(golden: Golden) -> None:
     # where the largest logits are equal, the gradient depends on how a sort breaks the tie
     tied = (ordered[:, 1:] == ordered[:, :-1])[:, -4:].any(1)
     for name, function in LOSSES.items():
+        if name not in golden:  # of two or three classes the ratios are not defined
+            continue
         for suffix, dtype, rtol, atol in (("_f64", torch.float64, 1e-9, 1e-12), ("", torch.float32, 1e-5, 1e-6)):
             logits = recorded.to(dtype).requires_grad_()
             values = function(logits, y, target)
@@ -77,7 +79,8 @@ def fgsm_pgd(golden: Golden) -> None:
     y, target = golden.tensor("y"), golden.tensor("target")
     signed = PGD(eps=linf, **schedule(hyper["pgd"], linf))
     round_ball = PGD(eps=l2, norm="l2", **schedule(hyper["pgdl2"], l2))
-    momentum = schedule(hyper["mifgsm"], linf)
+    decay = re.search(r"decay ([\d.]+)", hyper["mifgsm"])
+    momentum = schedule(hyper["mifgsm"], linf) | ({"decay": float(decay[1])} if decay else {})
     attacks = {
         "fgsm": (FGSM(eps=linf), y),
         "pgd": (signed, y),
@@ -89,8 +92,9 @@ def fgsm_pgd(golden: Golden) -> None:
         "foolbox_l2pgd": (round_ball, y),
     }
     for name, (attack, goal) in attacks.items():
-        rows = hyper["checks"].get(name, {}).get("rows_differing_over_1e5", [])
-        check_attack(golden, name, model, attack, goal, rows)
+        # the second implementation of an attack hangs on rounding where the first does
+        listed = hyper["checks"].get({"foolbox_linfpgd": "pgd", "foolbox_l2pgd": "pgdl2"}.get(name, name), {})
+        check_attack(golden, name, model, attack, goal, listed.get("rows_differing_over_1e5", []))
     golden.skip(
         "foolbox_l1pgd",
         "foolbox_l1pgd_ce",

@@ -15,22 +15,21 @@ def network(golden: Golden) -> nn.Sequential:
     return net
 
 
-def sgd(golden: Golden, groups) -> torch.optim.Optimizer:
+def base_optimizer(golden: Golden, groups) -> torch.optim.Optimizer:
+    """SGD or AdamW; what is absent is 0, off, or torch's value."""
     hyper = golden.hyper
-    if "AdamW" in str(hyper.get("base", hyper.get("optimizer", ""))) or "base_betas" in hyper:
-        return torch.optim.AdamW(
-            groups,
-            lr=hyper["base_lr"],
-            betas=tuple(hyper.get("base_betas", (0.9, 0.999))),
-            eps=hyper.get("base_eps", 1e-8),
-            weight_decay=hyper.get("base_weight_decay", 0.01),
-        )
+    lr = hyper["base_lr"]
+    weight_decay = hyper.get("base_weight_decay", hyper.get("weight_decay", 0))
+    named = f"{hyper.get('base', '')} {hyper.get('optimizer', '')} {golden.method}".lower()
+    if "adamw" in named or "base_betas" in hyper:
+        betas = tuple(hyper.get("base_betas", (0.9, 0.999)))
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=hyper.get("base_eps", 1e-8), weight_decay=weight_decay)
     return torch.optim.SGD(
         groups,
-        lr=hyper["base_lr"],
+        lr=lr,
         momentum=hyper.get("base_momentum", hyper.get("momentum", 0)),
-        weight_decay=hyper.get("base_weight_decay", hyper.get("weight_decay", 0)),
-        nesterov=hyper.get("base_nesterov", False),
+        weight_decay=weight_decay,
+        nesterov=hyper.get("base_nesterov", hyper.get("nesterov", False)),
     )
 
 
@@ -55,7 +54,7 @@ class Recorder:
 
 def replay(golden: Golden, method: SharpnessMethod, groups=None) -> None:
     net = network(golden)
-    optimizer = sgd(golden, groups(net) if groups else net.parameters())
+    optimizer = base_optimizer(golden, groups(net) if groups else net.parameters())
     x, y = golden.tensor("X"), golden.tensor("Y")
     losses = []
     for step in range(len(x)):
@@ -84,18 +83,17 @@ def check_all(golden: Golden, prefix: str, values) -> None:
             golden.check(prefix + name, value, rtol=1e-7, atol=1e-12)
 
 
-@adapter("sharpness", "sam", "sam_adamw")
+def sam_or_adaptive(golden: Golden, rho: float) -> SharpnessMethod:
+    """The two forms of the SAM class that these files were recorded with."""
+    norm_eps = golden.hyper.get("eps", 1e-12)
+    if golden.hyper.get("adaptive", golden.method == "asam"):
+        return ASAM(rho=rho, eta=0.0, scaling="all", norm_eps=norm_eps)
+    return SAM(rho=rho, norm_eps=norm_eps)
+
+
+@adapter("sharpness", "sam", "sam_adamw", "asam")
 def sam(golden: Golden) -> None:
-    hyper = golden.hyper
-    if hyper.get("adaptive", False):
-        asam(golden)
-    else:
-        replay(golden, SAM(rho=hyper["rho"], norm_eps=hyper.get("eps", 1e-12)))
-
-
-@adapter("sharpness", "asam")
-def asam(golden: Golden) -> None:
-    replay(golden, ASAM(rho=golden.hyper["rho"], eta=0.0, scaling="all"))
+    replay(golden, sam_or_adaptive(golden, golden.hyper["rho"]))
 
 
 @adapter("sharpness", "asam_official")
@@ -118,4 +116,5 @@ def sam_groups(golden: Golden) -> None:
         biases = [p for name, p in net.named_parameters() if name.endswith("bias")]
         return [{"params": weights, **options["weights"]}, {"params": biases, **options["biases"]}]
 
-    replay(golden, SAM(rho=0.05), groups)
+    # the groups name their radii
+    replay(golden, sam_or_adaptive(golden, 0.05), groups)
