@@ -141,7 +141,8 @@ class SharpnessAware(StepCallback):
                         "sharpness-aware step needs the loss of the same batch at other weights."
                     )
                 gap = moved.detach() - loss.detach()
-                return self._gradients(context, moved, weights.tensors)
+                found = self._gradients(context, moved, weights.tensors)
+                return [gradient for gradient in found if gradient is not None]
 
         try:
             direction = sharp_direction(self.method, weights, list(gradients.values()), gradient_here, self._backup)
@@ -176,16 +177,23 @@ class SharpnessAware(StepCallback):
                 gradient.masked_fill_(overflow, 0.0)
         return ours, [(tensor, gradient) for tensor, gradient in pairs if id(tensor) not in held]
 
-    def _gradients(self, context: StepContext, loss: Tensor, tensors: list[Tensor], unused: bool = False) -> Any:
-        """Gradients outside autocast, of the scaled loss where the run scales losses, and back in its units."""
+    def _gradients(
+        self, context: StepContext, loss: Tensor, tensors: list[Tensor], unused: bool = False
+    ) -> list[Tensor | None]:
+        """Gradients outside autocast, of the scaled loss where the run scales losses, and back in its units.
+
+        With ``unused``, parameters that took no part have none; else they have zeros.
+        """
         scaler = _scaler(context.trainer)
         scaled = loss if scaler is None else scaler.scale(loss)
+        synced = self.sync_ascent and context.trainer.world_size > 1
         with torch.autocast(loss.device.type, enabled=False):
-            found = torch.autograd.grad(scaled, tensors, allow_unused=True, materialize_grads=not unused)
+            # processes may differ in what took part, and must reduce the same tensors
+            found = torch.autograd.grad(scaled, tensors, allow_unused=True, materialize_grads=synced or not unused)
         present = [gradient for gradient in found if gradient is not None]
         if scaler is not None:
             torch._foreach_mul_(present, 1.0 / scaler.scale(torch.ones_like(loss, dtype=torch.float32)))
-        if self.sync_ascent and context.trainer.world_size > 1:
+        if synced:
             for gradient in present:
                 torch.distributed.all_reduce(gradient)
             torch._foreach_div_(present, context.trainer.world_size)

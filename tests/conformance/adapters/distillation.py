@@ -27,10 +27,12 @@ def kd(golden: Golden) -> None:
 @adapter("distillation", "torchdistill_kd")
 def torchdistill_kd(golden: Golden) -> None:
     student, teacher = golden.tensor("student").requires_grad_(), golden.tensor("teacher")
-    alpha = golden.hyper["alpha"]
+    alpha, beta = golden.hyper.get("alpha"), golden.hyper.get("beta")
     # Without a weight for the labels this project leaves out the squared temperature too.
     distilled = kd_loss(student, teacher, golden.hyper["temperature"], temperature_squared=bool(alpha))
     labels = golden.tensor("labels")
-    loss = alpha * cross_entropy(student, labels) + (1 - alpha) * distilled if alpha else distilled
+    loss = distilled
+    if alpha:
+        loss = alpha * cross_entropy(student, labels) + (1 - alpha if beta is None else beta) * distilled
     golden.check("loss", loss)
     golden.check("grad", gradient(loss, student))
