@@ -5,22 +5,22 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.guards import RandomState
-from lightning_robust.sharpness import SAM, Gradients, SharpnessMethod, WeightBackup, Weights, sharp_direction
-from lightning_robust.training import (
-    RunStep,
-    Stage,
-    StepCallback,
-    StepContext,
+from lightning_robust.sharpness import (
+    SAM,
+    Gradients,
+    SharpnessMethod,
+    WeightBackup,
+    Weights,
     inject_gradients,
-    loss_of,
-    replace_loss,
+    parameter_hooks_off,
+    sharp_direction,
 )
+from lightning_robust.training import RepeatableBatch, RunStep, Stage, StepCallback, StepContext, loss_of, replace_loss
 
 __all__ = ["SharpnessAware"]
 
@@ -32,6 +32,10 @@ class SharpnessAware(StepCallback):
     at the points the method asks for, with the same random numbers; weights and buffers are put back bit for bit
     before the step returns. The returned loss has the value of the first pass, and its backward delivers the finished
     direction. Accumulation, clipping, loss scaling, DDP, hooks and checkpoints are therefore ordinary Lightning.
+
+    What a step does besides computing its loss happens once per pass: Python counters, lists it appends to, calls of
+    ``logger.experiment``, NumPy generators of its own, a moving average that it updates itself. Do such things in
+    ``on_train_batch_end``. The learning-rate and batch-size finders of Lightning run plain steps.
 
     The ascent belongs to one micro-batch on one device (m-sharpness): the result is the mean over devices and
     accumulated batches of each one's sharpness-aware gradient, so it changes with their number.
@@ -88,10 +92,12 @@ class SharpnessAware(StepCallback):
     @override
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().check(trainer, pl_module)
-        strategy = trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        # by name: the classes exist twice, in `lightning` and in `pytorch_lightning`
+        strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+        if "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
+            name = type(trainer.strategy).__name__
             raise ValueError(
-                f"SharpnessAware perturbs whole weights, which {type(strategy).__name__} does not keep on one device; "
+                f"SharpnessAware perturbs whole weights, which {name} does not keep on one device; "
                 'use strategy="ddp" or a single device.'
             )
         if trainer.precision in ("bf16-true", "16-true"):
@@ -116,7 +122,8 @@ class SharpnessAware(StepCallback):
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
         before = RandomState.capture(context.devices)
-        output = run(batch)
+        repeatable = RepeatableBatch(batch)
+        output = run(repeatable.fresh())
         loss = loss_of(output)
         if loss is None or not loss.requires_grad:
             return output
@@ -134,7 +141,7 @@ class SharpnessAware(StepCallback):
             # autocast keeps low-precision copies of weights; they belong to the values before the move
             torch.clear_autocast_cache()
             with context.repeated_pass(before if self.replay else None):
-                moved = loss_of(run(batch))
+                moved = loss_of(run(repeatable.fresh()))
                 if moved is None:
                     raise RuntimeError(
                         "training_step returned a loss at first and None when evaluated again on the same batch; a "
@@ -187,7 +194,7 @@ class SharpnessAware(StepCallback):
         scaler = _scaler(context.trainer)
         scaled = loss if scaler is None else scaler.scale(loss)
         synced = self.sync_ascent and context.trainer.world_size > 1
-        with torch.autocast(loss.device.type, enabled=False):
+        with torch.autocast(loss.device.type, enabled=False), parameter_hooks_off(tensors):
             # processes may differ in what took part, and must reduce the same tensors
             found = torch.autograd.grad(scaled, tensors, allow_unused=True, materialize_grads=synced or not unused)
         present = [gradient for gradient in found if gradient is not None]

@@ -107,7 +107,9 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         module: the module to switch.
     """
     with frozen_modes(module):
-        module.eval()
+        # flags only: eval() may do more in a user's module (merge adapters) that flags would not undo
+        for child in module.modules():
+            child.training = False
         yield
 
 
@@ -119,10 +121,7 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
         module: the module whose buffers are kept.
     """
     entries = [
-        (owner, name, buffer)
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
+        (owner, name, buffer) for owner in module.modules() for name, buffer in owner.named_buffers(recurse=False)
     ]
     tensors = [buffer for _, _, buffer in entries]
     with torch.no_grad():
@@ -131,8 +130,8 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for owner, name, buffer in entries:
-            if owner._buffers.get(name) is not buffer:
-                owner._buffers[name] = buffer
+            if getattr(owner, name) is not buffer:
+                setattr(owner, name, buffer)
         if tensors:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, saved)

@@ -31,7 +31,8 @@ class ASAM(SharpnessMethod):
         norm_eps: added to the norm, so that a zero gradient gives no perturbation.
 
     Raises:
-        ValueError: ``rho`` or ``norm_eps`` is not positive, ``eta`` is negative, or ``scaling`` is unknown.
+        ValueError: ``rho`` or ``norm_eps`` is not positive, ``eta`` is negative, or ``scaling`` is unknown; in the
+            first step, if ``scaling="weight"`` applies to no parameter.
 
     References:
         Kwon et al., ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600. The official code adds 1e-16 to
@@ -61,15 +62,17 @@ class ASAM(SharpnessMethod):
     @override
     def direction(self, weights: Weights, gradients: Gradients, gradient_at: GradientAt) -> Gradients:
         scaled = [self.scaling == "all" or "weight" in name for name in weights.names]
+        if not any(scaled):
+            raise ValueError(
+                "No parameter has 'weight' in its name, so ASAM(scaling='weight') would be plain SAM; pass the module "
+                "(module=...) so that names are known, or use scaling='all'."
+            )
         adaptive = [tensor for tensor, chosen in zip(weights.tensors, scaled, strict=True) if chosen]
         steep = [gradient for gradient, chosen in zip(gradients, scaled, strict=True) if chosen]
-        scales: Gradients = []
-        if adaptive:
-            scales = list(torch._foreach_abs(adaptive))
-            if self.eta:
-                torch._foreach_add_(scales, self.eta)
-            torch._foreach_mul_(steep, scales)
+        scales: Gradients = list(torch._foreach_abs(adaptive))
+        if self.eta:
+            torch._foreach_add_(scales, self.eta)
+        torch._foreach_mul_(steep, scales)
         norm = global_norm(gradients)
-        if adaptive:
-            torch._foreach_mul_(steep, scales)
+        torch._foreach_mul_(steep, scales)
         return gradient_at(gradients, ascent_scales(weights, norm, self.rho, self.norm_eps))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.guards import RandomState, buffers_restored
+from lightning_robust.sharpness.injection import inject_gradients
 from lightning_robust.sharpness.method import SharpnessMethod, sharp_direction
-from lightning_robust.sharpness.weights import Gradients, WeightBackup, Weights
+from lightning_robust.sharpness.weights import Gradients, WeightBackup, Weights, parameter_hooks_off
 
 __all__ = ["sharp_backward"]
 
@@ -21,11 +22,13 @@ def sharp_backward(
     *,
     module: nn.Module | None = None,
     replay: bool = True,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> Tensor:
     """Take the place of ``closure().backward()``: add the method's direction to ``.grad``.
 
     The weights are back at their values when this returns, also after an exception, so the optimizer steps as usual.
-    Works with any optimizer, with gradient accumulation and in manual optimization.
+    Works with any optimizer, with gradient accumulation, under ``DistributedDataParallel`` (each process ascends by
+    itself and the directions are averaged) and in Lightning's manual optimization (``backward=self.manual_backward``).
 
     Args:
         closure: runs the forward pass and returns the loss; called once per pass of the method.
@@ -34,6 +37,7 @@ def sharp_backward(
         module: its buffers (BatchNorm statistics) are moved by the first pass only; give it whenever it has any. A
             module given as ``parameters`` is used by itself.
         replay: the extra passes see the random numbers (dropout masks) of the first one; ``False`` draws fresh ones.
+        backward: delivers a loss whose gradient is the direction; ``self.manual_backward`` in manual optimization.
 
     Returns:
         The loss at the unperturbed weights, detached.
@@ -58,7 +62,7 @@ def sharp_backward(
     state = RandomState.capture(devices)
     loss = closure()
     after = RandomState.capture(devices)
-    found = torch.autograd.grad(loss, weights.tensors, allow_unused=True)
+    found = _gradients(loss, weights.tensors, unused=True)
     used = [gradient is not None for gradient in found]
     if not any(used):
         raise ValueError("The loss depends on none of the given parameters; pass the ones of the model it comes from.")
@@ -73,7 +77,8 @@ def sharp_backward(
                 state.restore()
             # autocast keeps low-precision copies of weights; they belong to the values before the move
             torch.clear_autocast_cache()
-            return list(torch.autograd.grad(closure(), weights.tensors, materialize_grads=True))
+            found = _gradients(closure(), weights.tensors)
+            return [gradient for gradient in found if gradient is not None]
 
     try:
         direction = sharp_direction(method, weights, gradients, gradient_here, WeightBackup())
@@ -81,6 +86,10 @@ def sharp_backward(
         torch.clear_autocast_cache()
         if replay:
             after.restore()
-    for tensor, step in zip(weights.tensors, direction, strict=True):
-        tensor.grad = step if tensor.grad is None else tensor.grad + step
+    backward(inject_gradients(loss, weights.tensors, direction))
     return loss.detach()
+
+
+def _gradients(loss: Tensor, tensors: list[Tensor], unused: bool = False) -> tuple[Tensor | None, ...]:
+    with parameter_hooks_off(tensors):
+        return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=not unused)

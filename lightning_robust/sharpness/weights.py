@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights a sharpness-aware method perturbs, and the exact way there and back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gradients", "Scale", "WeightBackup", "Weights", "global_norm"]
+__all__ = ["Gradients", "Scale", "WeightBackup", "Weights", "global_norm", "parameter_hooks_off"]
 
 Gradients = list[Tensor]
 Scale = float | Tensor | list[Tensor]
@@ -43,7 +44,9 @@ class Weights:
         names = {id(parameter): name for name, parameter in module.named_parameters()} if module is not None else {}
         groups: list[dict[str, object]]
         if isinstance(source, torch.optim.Optimizer):
-            groups = [{**group} for group in source.param_groups]
+            # the optimizer's own options are not ours: Adadelta has a `rho` too
+            own = set(source.defaults)
+            groups = [{k: v for k, v in group.items() if k not in own} for group in source.param_groups]
         else:
             groups = [{"params": list(source)}]
         tensors: list[Tensor] = []
@@ -131,3 +134,23 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     norms: Sequence[Tensor] = torch._foreach_norm(list(tensors), 2, dtype=torch.float32 if half else None)
     total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
     return total
+
+
+@contextmanager
+def parameter_hooks_off(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Suspend the hooks that users registered on parameters (``p.register_hook``).
+
+    They belong to the gradient that the optimizer gets, which they see once, in the backward that delivers it; a hook
+    that scales would otherwise act on every gradient on the way, too.
+
+    Args:
+        tensors: parameters.
+    """
+    suspended = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in suspended:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in suspended:
+            tensor._backward_hooks = hooks

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step pipeline and its guards: the only place that touches Lightning's training step."""
 
-from lightning_robust.training.batches import BatchAdapter, loss_of, replace_loss
+from lightning_robust.training.batches import BatchAdapter, RepeatableBatch, loss_of, replace_loss
 from lightning_robust.training.callback import StepCallback
 from lightning_robust.training.context import RunStep, StepContext, derive_seed
-from lightning_robust.training.injection import inject_gradients
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction, LogitsNotCaptured
 from lightning_robust.training.pipeline import StepPipeline
 from lightning_robust.training.quiet import QuietGate
@@ -17,13 +16,13 @@ __all__ = [
     "LogitsFunction",
     "LogitsNotCaptured",
     "QuietGate",
+    "RepeatableBatch",
     "RunStep",
     "Stage",
     "StepCallback",
     "StepContext",
     "StepPipeline",
     "derive_seed",
-    "inject_gradients",
     "loss_of",
     "replace_loss",
 ]

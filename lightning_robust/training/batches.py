@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["BatchAdapter", "loss_of", "replace_loss"]
+__all__ = ["BatchAdapter", "RepeatableBatch", "loss_of", "replace_loss"]
 
 INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values", "img")
 TARGET_KEYS = ("label", "labels", "y", "target", "targets")
@@ -34,7 +35,8 @@ class BatchAdapter:
         ['id', 'image', 'label']
     """
 
-    def __init__(self, input_key: str | int | None = None, target_key: str | int | None = None) -> None:
+    # a number comes first, so that "0" on a command line is a position
+    def __init__(self, input_key: int | str | None = None, target_key: int | str | None = None) -> None:
         self.input_key = input_key
         self.target_key = target_key
 
@@ -43,15 +45,15 @@ class BatchAdapter:
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return input and target of ``batch``."""
-        input_key, target_key = self._keys(batch)
-        x, y = batch[input_key], batch[target_key]
-        for key, value in ((input_key, x), (target_key, y)):
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"Expected entry {key!r} of the batch to be a tensor but got {type(value).__name__}; name the "
-                    "right entries with batch=BatchAdapter(input_key=..., target_key=...)."
-                )
-        return x, y
+        return self.input_of(batch), self.target_of(batch)
+
+    def input_of(self, batch: Any) -> Tensor:
+        """Return the input of ``batch``, whatever its target is."""
+        return self._entry(batch, 0)
+
+    def target_of(self, batch: Any) -> Tensor:
+        """Return the target of ``batch``."""
+        return self._entry(batch, 1)
 
     def repack(self, batch: Any, x: Tensor | None = None, y: Tensor | None = None) -> Any:
         """Return a batch like ``batch`` with the input and/or the target replaced."""
@@ -60,6 +62,16 @@ class BatchAdapter:
         if isinstance(batch, Mapping):
             return _like_mapping(batch, {**batch, **new})
         return _like_sequence(batch, [new.get(index, entry) for index, entry in enumerate(batch)])
+
+    def _entry(self, batch: Any, which: int) -> Tensor:
+        key = self._keys(batch)[which]
+        value = batch[key]
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected entry {key!r} of the batch to be a tensor but got {type(value).__name__}; name the right "
+                "entries with batch=BatchAdapter(input_key=..., target_key=...)."
+            )
+        return value
 
     def _keys(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, Mapping):
@@ -98,6 +110,37 @@ def _like_sequence(batch: Sequence[Any], content: list[Any]) -> Any:
     if hasattr(batch, "_fields"):  # a namedtuple takes its entries one by one
         return type(batch)(*content)
     return type(batch)(content)  # type: ignore[call-arg]
+
+
+class RepeatableBatch:
+    """A batch that a step may take apart and that is whole again for the next pass.
+
+    Containers are copied, tensors are not: what a step pops or replaces in its batch is there again in a fresh copy.
+
+    Args:
+        batch: the batch before any pass.
+
+    Raises:
+        RuntimeError: from :meth:`fresh`, if a pass changed a tensor of the batch in place.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = tree_map(lambda leaf: leaf, batch)
+        self._versions = [(leaf, leaf._version) for leaf in tree_leaves(batch) if _counts_changes(leaf)]
+
+    def fresh(self) -> Any:
+        """A copy for one pass."""
+        if any(leaf._version != version for leaf, version in self._versions):
+            raise RuntimeError(
+                "training_step changes a tensor of its batch in place, so evaluating it again would apply the change "
+                "twice; write x = (x - mean) / std instead of x.sub_(mean).div_(std), or prepare batches in "
+                "on_after_batch_transfer."
+            )
+        return tree_map(lambda leaf: leaf, self._batch)
+
+
+def _counts_changes(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_inference()
 
 
 def loss_of(output: Any) -> Tensor | None:

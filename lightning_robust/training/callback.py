@@ -78,6 +78,17 @@ class StepCallback(Callback):
         Raises:
             ValueError: the module steps its optimizers by hand and this callback needs to see the loss.
         """
+        self.check_optimization(pl_module)
+
+    def check_optimization(self, pl_module: L.LightningModule) -> None:
+        """Refuse manual optimization where the callback has to change the loss; a module may choose it in ``setup``.
+
+        Args:
+            pl_module: the LightningModule.
+
+        Raises:
+            ValueError: the module steps its optimizers by hand.
+        """
         if not self.manual_optimization and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(self).__name__} needs automatic optimization, but {type(pl_module).__name__} steps its "
@@ -95,6 +106,7 @@ class StepCallback(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._remove_pipeline()  # of a fit whose end another callback's error hid from us
         if stage == "fit":
             if StepPipeline.leader(trainer) is self:
                 self._pipeline = StepPipeline(trainer, pl_module)
@@ -116,6 +128,10 @@ class StepCallback(Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._remove_pipeline()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy, or a callback sent to another process, builds a pipeline of its own
+        return {**vars(self), "_pipeline": None}
 
     def _remove_pipeline(self) -> None:
         if self._pipeline is not None:

@@ -2,6 +2,7 @@
 """Finding the logits of a running step in somebody else's module, without a second forward pass."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,8 @@ class LogitsCapture:
     Args:
         module: the LightningModule that is watched.
         logits_from: dotted name of the sub-module whose output is the logits; found by itself when ``None``.
+        needs_grad: overlook logits without a graph (of a teacher, a pseudo-label, or detached ones in what the step
+            returned): a term added to the loss would do nothing on them.
 
     Raises:
         ValueError: ``logits_from`` names no sub-module.
@@ -78,9 +81,10 @@ class LogitsCapture:
         torch.Size([2, 3])
     """
 
-    def __init__(self, module: nn.Module, logits_from: str | None = None) -> None:
+    def __init__(self, module: nn.Module, logits_from: str | None = None, *, needs_grad: bool = False) -> None:
         self.module = module
         self.logits_from = logits_from
+        self.needs_grad = needs_grad
         self._seen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         if logits_from is not None:
@@ -96,7 +100,7 @@ class LogitsCapture:
             watched = {name: child for name, child in self.module.named_children() if _is_network(child)}
             watched[""] = self.module
         for name, child in watched.items():
-            self._handles.append(child.register_forward_hook(self._hook(name)))
+            self._handles.append(child.register_forward_hook(_Remember(self, name)))
 
     def detach(self) -> None:
         """Stop watching and forget what was seen."""
@@ -124,23 +128,22 @@ class LogitsCapture:
             returned_first: let that entry win in any case.
         """
         if isinstance(output, Mapping) and (returned_first or self.logits_from is None):
-            logits = as_logits(output)
+            logits = self._usable(output)
             if logits is not None:
                 return logits
-        if self.logits_from is not None and self.logits_from in self._seen:
-            return self._seen[self.logits_from]
-        if "" in self._seen:
-            return self._seen[""]
-        if len(self._seen) == 1:
-            return next(iter(self._seen.values()))
+        last = next(reversed(self._seen), None)
+        # what the module's own forward returned counts, unless something (a head) was computed from it afterwards
+        if last is not None and (last == "" or len(self._seen) == 1):
+            return self._seen[last]
         raise LogitsNotCaptured(self._explain())
 
     def _explain(self) -> str:
         name = type(self.module).__name__
+        graph = " with gradients (not detached, not under no_grad)" if self.needs_grad else ""
         if self.logits_from is not None:
             return (
                 f"logits_from={self.logits_from!r} was not called by the step of {name}, or did not return logits "
-                "[B, C]; name the sub-module whose output is the logits."
+                f"[B, C]{graph}; name the sub-module whose output is the logits."
             )
         if self._seen:
             shapes = ", ".join(f"{child} {list(value.shape)}" for child, value in self._seen.items())
@@ -150,19 +153,42 @@ class LogitsCapture:
             )
         return (
             f"No logits were seen in the step of {name}: it called neither the module itself (self(x)) nor a child "
-            'network that returns [B, C]. Name the sub-module with logits_from="...", or return {"loss": ..., '
-            '"logits": ...} from the step.'
+            f'network that returns [B, C]{graph}. Name the sub-module with logits_from="...", or return '
+            '{"loss": ..., "logits": ...} from the step.'
         )
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def remember(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            logits = as_logits(output)
-            if logits is not None:
-                # last forward wins, in position too: the final entry is the one computed last
-                self._seen.pop(name, None)
-                self._seen[name] = logits
+    def _usable(self, value: Any) -> Tensor | None:
+        logits = as_logits(value)
+        return None if logits is None or (self.needs_grad and not logits.requires_grad) else logits
 
-        return remember
+    def _remember(self, name: str, output: Any) -> None:
+        logits = self._usable(output)
+        if logits is not None:
+            # last forward wins, in position too: the final entry is the one computed last
+            self._seen.pop(name, None)
+            self._seen[name] = logits
+
+
+class _Remember:
+    """The forward hook. A copy of the hooked module (an EMA, say) gets one that does nothing."""
+
+    def __init__(self, capture: LogitsCapture, name: str) -> None:
+        self._capture = capture
+        self._name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._capture._remember(self._name, output)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _forget, ()
+
+
+def _forget() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 class LogitsFunction:
@@ -221,9 +247,9 @@ class LogitsFunction:
 
 def _overrides_forward(module: nn.Module) -> bool:
     # LightningModule.forward exists but only raises, so where the method was written decides
-    if "forward" in vars(module):
-        return True
-    forward = type(module).forward
+    # (torch.compile leaves a wrapper on the instance)
+    forward = inspect.unwrap(vars(module).get("forward", type(module).forward))
+    forward = getattr(forward, "__func__", forward)
     return forward is not nn.Module.forward and forward.__module__.partition(".")[0] not in _LIGHTNING
 
 

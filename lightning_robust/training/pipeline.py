@@ -75,21 +75,16 @@ class StepPipeline:
         module = self.pl_module
         # read once: a callback may re-seed torch during the fit
         self._seed = os.environ.get("PL_GLOBAL_SEED", str(torch.initial_seed()))
+        _take_off(module)  # what a fit with another Trainer may have left
         for callback in self.callbacks:
+            callback.check_optimization(module)
             callback.on_pipeline_start(self.trainer, module)
         self._gate.install()
         for name in {callback.logits_from for callback in self.callbacks if callback.needs_logits}:
-            self._captures[name] = LogitsCapture(module, name)
+            self._captures[name] = LogitsCapture(module, name, needs_grad=True)
             self._captures[name].attach()
         self._original = vars(module).get("training_step", _CLASS)
-        inner = module.training_step
-
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            return self._step(inner, *args, **kwargs)
-
-        # Lightning reads the parameter names of the step one level deep, and drops the first of a bound method.
-        training_step.__wrapped__ = inspect.unwrap(inner)  # type: ignore[attr-defined]
-        vars(module)["training_step"] = training_step
+        vars(module)["training_step"] = _WrappedStep(self, module.training_step)
         rank_zero_info("Training step, outermost first:\n" + self.describe())
 
     def remove(self) -> None:
@@ -106,7 +101,17 @@ class StepPipeline:
         self._captures.clear()
         self._gate.remove()
 
-    def _step(self, inner: RunStep, batch: Any, *rest: Any, **kwargs: Any) -> Any:
+    def run(self, inner: RunStep, batch: Any, *rest: Any, **kwargs: Any) -> Any:
+        """Run a training step inside the callbacks.
+
+        Args:
+            inner: the module's own step.
+            batch: its first argument.
+            *rest: its further arguments.
+            **kwargs: its named arguments.
+        """
+        if not self.trainer.training:  # a validation_step that calls training_step
+            return inner(batch, *rest, **kwargs)
         batch_idx = rest[0] if rest else kwargs.get("batch_idx", self.trainer.fit_loop.batch_idx)
         context = StepContext(self.trainer, self.pl_module, batch, batch_idx, self._captures, self._gate, self._seed)
         run: RunStep = partial(context._run_core, lambda inner_batch: inner(inner_batch, *rest, **kwargs))
@@ -127,6 +132,28 @@ class StepPipeline:
                 f"{type(self.pl_module).__name__}.training_step takes `dataloader_iter`, so there is no batch to work "
                 "on; write it as training_step(self, batch, batch_idx)."
             )
+
+
+class _WrappedStep:
+    """What hides the module's ``training_step``. A copy of the module gets its own step instead."""
+
+    def __init__(self, pipeline: StepPipeline, inner: RunStep) -> None:
+        self.pipeline = pipeline
+        self._inner = inner
+        # Lightning reads the parameter names of the step one level deep, and drops the first of a bound method.
+        self.__wrapped__ = inspect.unwrap(inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipeline.run(self._inner, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (self.pipeline.pl_module, "training_step")
+
+
+def _take_off(module: L.LightningModule) -> None:
+    step = vars(module).get("training_step")
+    if isinstance(step, _WrappedStep):
+        step.pipeline.remove()
 
 
 _CLASS = object()

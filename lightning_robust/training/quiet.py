@@ -13,10 +13,12 @@ __all__ = ["QuietGate"]
 
 
 class QuietGate:
-    """Replaces ``self.log`` and the ``update``/``forward`` of the module's metrics by versions that can be silenced.
+    """Replaces ``self.log`` and the calls of the module's metrics by versions that can be silenced.
 
     The replacements are installed once per fit and only a flag is flipped per pass: swapping attributes per pass would
-    make a compiled module compile again. A silenced metric's ``forward`` returns the value of the pass that counted.
+    make a compiled module compile again. What is silenced returns the value of the pass that counted.
+
+    Metrics are found among the sub-modules, and in lists, dictionaries and plain objects that the module holds.
 
     Args:
         module: the LightningModule whose logging is guarded.
@@ -25,67 +27,107 @@ class QuietGate:
     def __init__(self, module: L.LightningModule) -> None:
         self.module = module
         self.quiet = False
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[_Gated] = []
+        self._complete = False
 
     def install(self) -> None:
         """Put the replacements in place."""
-        self._replace(self.module, "log", self._gated(self.module.log, lambda: None))
-        self._replace(self.module, "log_dict", self._gated(self.module.log_dict, lambda: None))
-        for metric in self._metrics():
-            self._replace(metric, "update", self._gated(metric.update, lambda: None))
-            if isinstance(metric, Metric):
-                self._replace(metric, "forward", self._gated(metric.forward, _cached(metric)))
+        for name in ("log", "log_dict"):
+            self._replace(self.module, name)
+        self._replace_metrics()
+        self._complete = False
 
     def remove(self) -> None:
         """Take them out again; doing so twice is harmless."""
         while self._replaced:
-            owner, name, original = self._replaced.pop()
-            if original is _ABSENT:
-                vars(owner).pop(name, None)
-            else:
-                vars(owner)[name] = original
+            self._replaced.pop().remove()
 
     @contextmanager
     def silence(self) -> Iterator[None]:
         """Nothing is logged or counted inside."""
+        if self._replaced and not self._complete:
+            # metrics that were made after the installation, in a hook or in the first pass
+            self._replace_metrics()
+            self._complete = True
         before, self.quiet = self.quiet, True
         try:
             yield
         finally:
             self.quiet = before
 
-    def _metrics(self) -> list[Metric | MetricCollection]:
-        # Metrics in a plain list or dictionary are no sub-modules, but people keep them there.
-        found: dict[int, Metric | MetricCollection] = {}
-        loose = [entry for value in vars(self.module).values() for entry in _entries(value)]
-        for candidate in [*self.module.modules(), *loose]:
-            if isinstance(candidate, Metric | MetricCollection):
-                found[id(candidate)] = candidate
-                if isinstance(candidate, MetricCollection):
-                    found.update((id(metric), metric) for metric in candidate.values(copy_state=False))
-        return list(found.values())
+    def _replace_metrics(self) -> None:
+        known = {id(gated.owner) for gated in self._replaced}
+        for metric in find_metrics(self.module):
+            if id(metric) not in known:
+                for name in ("update", "forward", "compute", "reset"):
+                    self._replace(metric, name)
 
-    def _gated(self, function: Callable[..., Any], silent: Callable[[], Any]) -> Callable[..., Any]:
-        def gated(*args: Any, **kwargs: Any) -> Any:
-            return silent() if self.quiet else function(*args, **kwargs)
+    def _replace(self, owner: Any, name: str) -> None:
+        gated = _Gated(self, owner, name)
+        self._replaced.append(gated)
+        vars(owner)[name] = gated
 
-        gated.__wrapped__ = function  # type: ignore[attr-defined]
-        disabled: Callable[..., Any] = torch.compiler.disable(gated)  # type: ignore[no-untyped-call]
-        return disabled
 
-    def _replace(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        self._replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
-        vars(owner)[name] = replacement
+class _Gated:
+    """One replaced method. A copy of its owner gets its own method instead of this."""
+
+    def __init__(self, gate: QuietGate, owner: Any, name: str) -> None:
+        self.owner = owner
+        self.name = name
+        self._gate = gate
+        self._hidden = vars(owner).get(name, _ABSENT)
+        self._last: Any = None
+        self.__wrapped__ = getattr(owner, name)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._gate.quiet:
+            self._last = self.__wrapped__(*args, **kwargs)
+        return self._last
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        return getattr, (self.owner, self.name)
+
+    def remove(self) -> None:
+        if vars(self.owner).get(self.name) is self:
+            if self._hidden is _ABSENT:
+                del vars(self.owner)[self.name]
+            else:
+                vars(self.owner)[self.name] = self._hidden
 
 
 _ABSENT = object()
+_CONTAINERS = (list, tuple, set, dict)
 
 
-def _entries(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
+def find_metrics(module: L.LightningModule) -> list[Metric | MetricCollection]:
+    """Metrics among the sub-modules, and in containers and plain objects that the module holds.
+
+    Args:
+        module: the LightningModule.
+    """
+    found: dict[int, Metric | MetricCollection] = {}
+    seen: set[int] = set()
+    pending: list[Any] = [*module.modules(), *(value for owner in module.modules() for value in _held_by(owner))]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Metric | MetricCollection):
+            found[id(value)] = value
+            pending.extend(value.values(copy_state=False) if isinstance(value, MetricCollection) else ())
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, _CONTAINERS):
+            pending.extend(value)
+        elif not isinstance(value, torch.nn.Module):
+            pending.extend(_held_by(value))
+    return list(found.values())
 
 
-def _cached(metric: Metric) -> Callable[[], Any]:
-    return lambda: metric._forward_cache
+def _held_by(value: Any) -> list[Any]:
+    """What an object of the user's own classes holds; objects of libraries are not searched."""
+    if type(value).__module__.partition(".")[0] in ("torch", "lightning", "pytorch_lightning", "builtins", "numpy"):
+        return []
+    return [each for name, each in getattr(value, "__dict__", {}).items() if name not in ("_trainer", "_fabric")]

@@ -300,3 +300,53 @@ def test_a_step_that_vanishes_on_repetition_is_refused():
 
     with pytest.raises(RuntimeError, match="None when evaluated again"):
         fit(Forgetful(), SharpnessAware())
+
+
+@pytest.mark.parametrize("change", ["replace", "pop"])
+def test_a_step_may_take_its_batch_apart(change):
+    class Tidy(DictModule):
+        def training_step(self, batch):
+            image = batch.pop("image") if change == "pop" else batch["image"]
+            batch["image"] = (image - 0.5) / 0.5
+            return super().training_step(batch)
+
+    class Plain(DictModule):
+        def training_step(self, batch):
+            return super().training_step({**batch, "image": (batch["image"] - 0.5) / 0.5})
+
+    tidy, plain = Tidy(), Plain()
+    fit(tidy, SharpnessAware(), form="dict")
+    fit(plain, SharpnessAware(), form="dict")
+    assert torch.equal(weights_of(tidy), weights_of(plain))
+
+
+def test_a_step_that_changes_its_images_in_place_is_refused():
+    class Rough(PlainModule):
+        def training_step(self, batch, batch_idx):
+            batch[0].sub_(0.5)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="changes a tensor of its batch in place"):
+        fit(Rough(), SharpnessAware())
+
+
+def test_hooks_on_parameters_act_once():
+    def slowed(*callbacks):
+        module = PlainModule(norm=False)
+        module.net[0].weight.register_hook(lambda g: 0.1 * g)
+        before = module.net[0].weight.detach().clone()
+        fit(module, *callbacks, max_steps=1, max_epochs=1)
+        return module.net[0].weight.detach() - before
+
+    torch.testing.assert_close(slowed(SharpnessAware(Still())), slowed())
+
+
+def test_an_option_of_the_optimizer_itself_is_not_a_radius():
+    class Adadelta(PlainModule):
+        def configure_optimizers(self):
+            return torch.optim.Adadelta(self.parameters(), lr=0.1)  # its group option rho is 0.9
+
+    near, far = Adadelta(), Adadelta()
+    fit(near, SharpnessAware(SAM(rho=1e-6)))
+    fit(far, SharpnessAware(SAM(rho=0.9)))
+    assert not torch.equal(weights_of(near), weights_of(far))

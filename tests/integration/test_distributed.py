@@ -96,6 +96,12 @@ def test_synced_ascent_equals_one_process_with_whole_batches(states):
         torch.testing.assert_close(states["sam-synced"][0][key], value, rtol=1e-5, atol=1e-6)
 
 
+def test_manual_optimization_equals_the_callback(states):
+    for key, value in states["sam"][0].items():
+        if key.startswith("net"):
+            torch.testing.assert_close(states["sam-manual"][0][key], value, rtol=1e-6, atol=1e-7)
+
+
 def test_local_ascent_is_another_method(states):
     """The ascent of each rank's own half batch is not the ascent of the whole batch; the documentation says so."""
     local, synced = states["sam"][0], states["sam-synced"][0]

@@ -93,6 +93,12 @@ def test_asam_refuses_bad_options():
         ASAM(scaling="some")
 
 
+def test_asam_by_names_needs_names():
+    model, closure = problem()
+    with pytest.raises(ValueError, match=r"No parameter has 'weight' in its name.*scaling='all'"):
+        sharp_backward(closure, ASAM(), model.parameters())
+
+
 def test_zero_gradient_gives_no_perturbation():
     w = nn.Parameter(torch.ones(3))
     seen = []

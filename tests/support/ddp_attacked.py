@@ -59,3 +59,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # leave together: a rank whose partner is gone may crash on its way out
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

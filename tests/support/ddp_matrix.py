@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_robust.callbacks import SharpnessAware
-from lightning_robust.sharpness import SAM
+from lightning_robust.sharpness import SAM, sharp_backward
 from support.modules import Images, PlainModule, trainer
 from support.reference import METHODS, SEED
 
@@ -34,6 +34,26 @@ class Stochastic(PlainModule):
         return F.cross_entropy(logits, batch[1])
 
 
+class ManualSAM(PlainModule):
+    """Manual optimization with the plain-PyTorch function."""
+
+    def __init__(self):
+        super().__init__(norm=False)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        sharp_backward(
+            lambda: F.cross_entropy(self(batch[0]), batch[1]),
+            SAM(rho=0.2),
+            optimizer.optimizer,
+            module=self,
+            backward=self.manual_backward,
+        )
+        optimizer.step()
+
+
 CASES = {
     **{name: {"method": name} for name in METHODS},
     **{f"{name}-accumulate-clip": {"method": name, "accumulate": 2, "clip": 0.3} for name in METHODS},
@@ -41,6 +61,7 @@ CASES = {
     "sam-bucket-view": {"method": "sam", "accumulate": 2, "strategy": {"gradient_as_bucket_view": True}},
     "sam-synced": {"callbacks": lambda: [SharpnessAware(SAM(rho=0.2), sync_ascent=True)]},
     "all-norm": {"method": "all", "norm": True},
+    "sam-manual": {"module": ManualSAM, "callbacks": list},
     "sam-unused": {"method": "sam", "module": Stochastic, "strategy": {"find_unused_parameters": True}},
 }
 
@@ -72,3 +93,6 @@ def main(folder):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     main(Path(sys.argv[1]))
+    # leave together: a rank whose partner is gone may crash on its way out
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -88,3 +88,39 @@ def test_function_without_forward_uses_the_only_network():
     assert torch.equal(LogitsFunction(module, "net")(X), module.net(X))
     module = PlainModule().eval()
     assert torch.equal(LogitsFunction(module, "net")(X), module(X))
+
+
+def test_what_is_computed_from_the_forward_is_not_mistaken_for_logits():
+    class Headed(PlainModule):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(CLASSES, 3)
+
+    module = Headed()
+    with LogitsCapture(module) as capture:
+        module.head(module(X))
+        with pytest.raises(LogitsNotCaptured, match="Several sub-modules"):
+            capture.take()
+
+
+def test_logits_without_a_graph_are_overlooked_where_a_loss_needs_them():
+    module = PlainModule()
+    with LogitsCapture(module, needs_grad=True) as capture:
+        own = module(X)
+        with torch.no_grad():
+            module(X)
+        assert capture.take() is own
+        assert capture.take({"logits": own.detach()}) is own
+        capture.clear()
+        with torch.no_grad():
+            module(X)
+        with pytest.raises(LogitsNotCaptured, match="not detached"):
+            capture.take({"logits": own.detach()})
+
+
+def test_compiled_module_without_forward():
+    module = CollectionModule()
+    torch.compile(module, backend="eager")
+    compiled = torch.compile(module, backend="eager")
+    module.forward = compiled.dynamo_ctx(module.forward)  # as Lightning does
+    assert torch.equal(LogitsFunction(module)(X), module.net(X))

@@ -1,8 +1,11 @@
+import copy
 import inspect
+import io
 
 import lightning as L
 import pytest
 import torch
+import torchmetrics
 
 from lightning_robust.callbacks import SharpnessAware
 from lightning_robust.training import Stage, StepCallback, StepPipeline, loss_of, replace_loss
@@ -207,6 +210,124 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="takes `dataloader_iter`"), pytest.warns(UserWarning, match="dragons"):
         trainer(SharpnessAware(), fast_dev_run=True).fit(Iterating(), loader())
+
+
+def test_validation_through_training_step_stays_plain():
+    class Shared(PlainModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    class Double(StepCallback):
+        stage = Stage.LOSS
+
+        def around_step(self, context, batch, run):
+            return 2 * run(batch)
+
+    values = []
+    for callbacks in ([], [Double(), SharpnessAware()]):
+        module = Shared(lr=0.0)
+        run = trainer(*callbacks, max_epochs=1)
+        run.fit(module, loader(), loader(seed=1))
+        values.append(run.callback_metrics["val_loss"])
+    assert torch.equal(*values)
+
+
+def test_what_an_earlier_fit_left_is_taken_off():
+    class Broken(L.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            raise RuntimeError("first")
+
+        def on_exception(self, trainer, pl_module, exception):
+            raise RuntimeError("second")
+
+    calls = []
+
+    class Counted(PlainModule):
+        def training_step(self, batch, batch_idx):
+            calls.append(1)
+            return super().training_step(batch, batch_idx)
+
+    module = Counted()
+    with pytest.raises(RuntimeError):
+        trainer(Broken(), SharpnessAware(), max_steps=1).fit(module, loader())
+    calls.clear()
+    trainer(SharpnessAware(), max_steps=1).fit(module, loader())
+    assert len(calls) == 2
+    assert "training_step" not in vars(module)
+
+
+def test_copies_made_during_a_fit_belong_to_themselves():
+    class Copying(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            self.twin = copy.deepcopy(pl_module)
+            self.metric = pl_module.train_acc.clone()
+            torch.save(pl_module.net, io.BytesIO())
+
+    module, copying = PlainModule(), Copying()
+    count = copying.metric = None
+    trainer(SharpnessAware(), copying, max_steps=1).fit(module, loader())
+    twin = copying.twin
+    assert inspect.ismethod(twin.training_step)
+    assert twin.training_step.__self__ is twin
+    assert not any(type(hook).__module__.startswith("lightning_robust") for hook in twin.net._forward_hooks.values())
+    count = module.train_acc.update_count
+    copying.metric(torch.randn(4, 4), torch.tensor([0, 1, 2, 3]))
+    twin.train_acc(torch.randn(4, 4), torch.tensor([0, 1, 2, 3]))
+    assert module.train_acc.update_count == count
+
+
+def test_manual_optimization_chosen_in_setup_is_refused():
+    class Late(PlainModule):
+        def setup(self, stage):
+            self.automatic_optimization = False
+
+    with pytest.raises(ValueError, match="needs automatic optimization, but Late"):
+        trainer(SharpnessAware(), fast_dev_run=True).fit(Late(), loader())
+
+
+@pytest.mark.parametrize("place", ["dict of dicts", "helper", "made in the step"])
+def test_metrics_are_counted_once_wherever_they_are(place):
+    class Helper:
+        def __init__(self):
+            self.metric = torchmetrics.MeanMetric()
+
+    class Holding(PlainModule):
+        def __init__(self):
+            super().__init__()
+            self.held = {"train": {"mean": torchmetrics.MeanMetric()}} if place == "dict of dicts" else Helper()
+
+        @property
+        def metric(self):
+            return self.held["train"]["mean"] if place == "dict of dicts" else self.held.metric
+
+        def training_step(self, batch, batch_idx):
+            if place == "made in the step" and batch_idx == 0 and self.metric.update_count == 0:
+                self.held = Helper()
+            loss = super().training_step(batch, batch_idx)
+            self.metric.update(loss.detach())
+            return loss
+
+    module = Holding()
+    trainer(SharpnessAware(), max_epochs=1).fit(module, loader())
+    assert module.metric.update_count == 4
+
+
+def test_a_metric_that_is_reset_in_the_step_keeps_the_value_of_the_clean_pass():
+    seen = []
+
+    class Resetting(PlainModule):
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            self.train_acc.update(logits, batch[1])
+            seen.append(self.train_acc.compute())
+            self.train_acc.reset()
+            return torch.nn.functional.cross_entropy(logits, batch[1])
+
+    trainer(SharpnessAware(), max_epochs=1).fit(Resetting(), loader())
+    assert all(torch.equal(clean, repeated) for clean, repeated in zip(seen[0::2], seen[1::2], strict=True))
 
 
 def test_description_and_passes():

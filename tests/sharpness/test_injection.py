@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_robust.training import inject_gradients
+from lightning_robust.sharpness import inject_gradients
 
 
 def test_value_and_gradients_are_delivered_scaled():
