@@ -17,6 +17,7 @@ from lightning_robust.sharpness import (
     WeightBackup,
     Weights,
     inject_gradients,
+    own_memory,
     parameter_hooks_off,
     sharp_direction,
 )
@@ -196,7 +197,9 @@ class SharpnessAware(StepCallback):
         synced = self.sync_ascent and context.trainer.world_size > 1
         with torch.autocast(loss.device.type, enabled=False), parameter_hooks_off(tensors):
             # processes may differ in what took part, and must reduce the same tensors
-            found = torch.autograd.grad(scaled, tensors, allow_unused=True, materialize_grads=synced or not unused)
+            found = own_memory(
+                torch.autograd.grad(scaled, tensors, allow_unused=True, materialize_grads=synced or not unused)
+            )
         present = [gradient for gradient in found if gradient is not None]
         if scaler is not None:
             torch._foreach_mul_(present, 1.0 / scaler.scale(torch.ones_like(loss, dtype=torch.float32)))
@@ -204,7 +207,7 @@ class SharpnessAware(StepCallback):
             for gradient in present:
                 torch.distributed.all_reduce(gradient)
             torch._foreach_div_(present, context.trainer.world_size)
-        return list(found)
+        return found
 
 
 def _scaler(trainer: L.Trainer) -> Any:

@@ -89,8 +89,11 @@ class L2(Norm):
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The gradient divided by its length."""
+        # scaled by its largest entry first: the squares of gradients of confident samples underflow
         tiny = torch.finfo(gradient.dtype).tiny
-        return gradient / _per_sample(self.size(gradient).clamp(min=tiny), gradient)
+        largest = gradient.abs().flatten(1).amax(1)
+        scaled = gradient / _per_sample(largest.clamp(min=tiny), gradient)
+        return scaled / _per_sample(self.size(scaled).clamp(min=tiny), gradient)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
         """Samples longer than ``eps`` shrunk to it, never a rounding error above."""

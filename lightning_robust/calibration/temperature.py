@@ -94,10 +94,16 @@ class TemperatureScaling:
         """
         _check_data(logits, labels)
         low, high = 1 / self.max_temperature, 1 / self.min_temperature
-        if _derivatives(logits, labels, high)[1] < 0:
+        if bool((logits.amax(1) == logits.amin(1)).all()):
+            inverse, self.at_bound = 1 / self.temperature, False
+            warnings.warn(
+                f"All logits of each sample are equal, so every temperature fits alike; it stays {self.temperature:g}.",
+                stacklevel=2,
+            )
+        elif _derivatives(logits, labels, high)[1] <= 0:  # zero where the likelihood is 1 to the last digit
             inverse, self.at_bound = high, True
             _warn("lower", self.min_temperature, "the likelihood keeps growing as T -> 0 (every sample is right?)")
-        elif _derivatives(logits, labels, low)[1] > 0:
+        elif _derivatives(logits, labels, low)[1] >= 0:
             inverse, self.at_bound = low, True
             _warn(
                 "upper", self.max_temperature, "the likelihood keeps growing as T -> infinity (no better than chance)"

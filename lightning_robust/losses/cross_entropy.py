@@ -128,8 +128,9 @@ def _reduce(losses: Tensor, denominator: Tensor, reduction: str) -> Tensor:
     total = losses.sum()
     if reduction == "sum":
         return total
-    # Nothing counts when every label is ignored: 0 / 1 instead of 0 / 0.
-    return total / torch.where(denominator == 0, 1, denominator)
+    # Nothing counts when every label is ignored or has weight zero: 0 instead of 0 / 0.
+    nothing = denominator == 0
+    return torch.where(nothing, total * 0, total / torch.where(nothing, 1, denominator))
 
 
 def _check_shapes(

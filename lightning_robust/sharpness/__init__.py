@@ -6,7 +6,15 @@ from lightning_robust.sharpness.injection import inject_gradients
 from lightning_robust.sharpness.loop import sharp_backward
 from lightning_robust.sharpness.method import GradientAt, SharpnessMethod, sharp_direction
 from lightning_robust.sharpness.sam import SAM
-from lightning_robust.sharpness.weights import Gradients, Scale, WeightBackup, Weights, global_norm, parameter_hooks_off
+from lightning_robust.sharpness.weights import (
+    Gradients,
+    Scale,
+    WeightBackup,
+    Weights,
+    global_norm,
+    own_memory,
+    parameter_hooks_off,
+)
 
 __all__ = [
     "ASAM",
@@ -19,6 +27,7 @@ __all__ = [
     "Weights",
     "global_norm",
     "inject_gradients",
+    "own_memory",
     "parameter_hooks_off",
     "sharp_backward",
     "sharp_direction",

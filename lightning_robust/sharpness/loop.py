@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_robust.guards import RandomState, buffers_restored
 from lightning_robust.sharpness.injection import inject_gradients
 from lightning_robust.sharpness.method import SharpnessMethod, sharp_direction
-from lightning_robust.sharpness.weights import Gradients, WeightBackup, Weights, parameter_hooks_off
+from lightning_robust.sharpness.weights import Gradients, WeightBackup, Weights, own_memory, parameter_hooks_off
 
 __all__ = ["sharp_backward"]
 
@@ -90,6 +90,6 @@ def sharp_backward(
     return loss.detach()
 
 
-def _gradients(loss: Tensor, tensors: list[Tensor], unused: bool = False) -> tuple[Tensor | None, ...]:
+def _gradients(loss: Tensor, tensors: list[Tensor], unused: bool = False) -> list[Tensor | None]:
     with parameter_hooks_off(tensors):
-        return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=not unused)
+        return own_memory(torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=not unused))

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Gradients", "Scale", "WeightBackup", "Weights", "global_norm", "parameter_hooks_off"]
+__all__ = [
+    "Gradients",
+    "Scale",
+    "WeightBackup",
+    "Weights",
+    "global_norm",
+    "own_memory",
+    "parameter_hooks_off",
+]
 
 Gradients = list[Tensor]
 Scale = float | Tensor | list[Tensor]
@@ -154,3 +162,27 @@ def parameter_hooks_off(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for tensor, hooks in suspended:
             tensor._backward_hooks = hooks
+
+
+def own_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients that may be changed in place, one independent of the other.
+
+    Autograd hands out one tensor for parameters that are added to each other, and expanded tensors where a gradient is
+    constant; those are copied.
+
+    Args:
+        gradients: what ``torch.autograd.grad`` returned.
+    """
+    taken: set[int] = set()
+    separate: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None and gradient.layout == torch.strided:
+            expanded = any(
+                stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)
+            )
+            memory = gradient.untyped_storage().data_ptr()
+            if gradient.numel() and (expanded or memory in taken):
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            taken.add(memory)
+        separate.append(gradient)
+    return separate

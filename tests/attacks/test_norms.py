@@ -85,3 +85,10 @@ def test_draws_come_from_the_generator_alone(norm, draw):
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), before)
     assert bool((getattr(norm, draw)(like, 0.0, generator()) == 0).all())
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_l2_direction_of_very_small_and_large_gradients_has_length_one(scale):
+    gradient = scale * torch.randn(SHAPE, generator=generator())
+    length = NORMS["l2"].size(NORMS["l2"].direction(gradient))
+    torch.testing.assert_close(length, torch.ones_like(length), rtol=1e-3, atol=0)

@@ -99,9 +99,21 @@ def test_worse_than_chance_stops_at_the_upper_bound():
 
 
 def test_constant_logits_leave_any_temperature():
-    scaling = TemperatureScaling().fit(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
-    assert 0.01 <= scaling.temperature <= 100
+    scaling = TemperatureScaling()
+    with pytest.warns(UserWarning, match="every temperature fits alike; it stays 1"):
+        scaling.fit(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert scaling.temperature == 1
     assert scaling.nll_after == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("gap", [8.0, 50.0, 200.0])
+def test_certain_and_right_everywhere_ends_at_the_bound(gap):
+    labels = torch.tensor([0, 1, 2, 0])
+    scaling = TemperatureScaling()
+    with pytest.warns(UserWarning, match="every sample is right"):
+        scaling.fit(gap * torch.nn.functional.one_hot(labels, 3).float(), labels)
+    assert scaling.at_bound
+    assert scaling.temperature == pytest.approx(scaling.min_temperature)
 
 
 @pytest.mark.parametrize(

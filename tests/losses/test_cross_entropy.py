@@ -181,3 +181,13 @@ def test_the_module_refuses_at_construction(name):
 def test_the_base_class_is_abstract(logits):
     with pytest.raises(NotImplementedError):
         Criterion()(logits, LABELS)
+
+
+def test_classes_of_weight_zero_count_for_nothing(logits):
+    weight = torch.ones(C)
+    weight[LABELS.unique()] = 0.0
+    logits = logits.clone().requires_grad_()
+    loss = cross_entropy(logits, LABELS, label_smoothing=0.1, weight=weight.to(logits.dtype))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))

@@ -93,6 +93,28 @@ def test_asam_refuses_bad_options():
         ASAM(scaling="some")
 
 
+@pytest.mark.parametrize("method", [SAM(rho=0.3), ASAM(rho=0.7, eta=0.1, scaling="all")])
+def test_gradients_that_share_memory_are_not_scaled_twice(method):
+    torch.manual_seed(0)
+    a, b, c = (nn.Parameter(torch.randn(4, 3, dtype=torch.float64)) for _ in range(3))
+    x = torch.randn(5, 3, dtype=torch.float64)
+
+    def added():  # the gradients of a and b are one tensor, that of c is expanded from one number
+        return (x @ (a + b).T).square().mean() + c.sum()
+
+    def apart():
+        return (x @ a.T + x @ b.T).square().mean() + (c * torch.ones_like(c)).sum()
+
+    results = []
+    for closure in (added, apart):
+        loss = sharp_backward(closure, method, [a, b, c], backward=lambda loss: (loss / 2).backward())
+        results.append([p.grad.clone() for p in (a, b, c)])
+        for p in (a, b, c):
+            p.grad = None
+    assert loss.isfinite()
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
 def test_asam_by_names_needs_names():
     model, closure = problem()
     with pytest.raises(ValueError, match=r"No parameter has 'weight' in its name.*scaling='all'"):
