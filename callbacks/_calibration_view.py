@@ -5,15 +5,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from rich import box
 from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
-from lightning_robust.metrics import ReliabilityTable
+from lightning_robust.metrics import ReliabilityTable, TopLabelReliability
 
-__all__ = ["SCORES", "CalibrationView", "calibration_scores"]
+__all__ = ["SCORES", "CalibrationView", "calibration_scores", "reduced_table"]
 
 #: What is logged and shown of a bin table.
 SCORES = ("ece", "mce", "confidence_gap", "nll", "brier")
@@ -35,6 +36,23 @@ def calibration_scores(table: ReliabilityTable) -> dict[str, float]:
     """
     values = (table.error("l1"), table.error("max"), table.confidence_gap, table.nll, table.brier)
     return {name: value.item() for name, value in zip(SCORES, values, strict=True)}
+
+
+def reduced_table(metric: TopLabelReliability, where: str) -> ReliabilityTable | None:
+    """The bins of all processes on the CPU, or None if they are spoilt; the one place that waits for the device.
+
+    Args:
+        metric: What was counted in this process.
+        where: What the warning about spoilt bins calls it.
+    """
+    with metric.sync_context():
+        rows, _ = metric.refused()
+        if rows:
+            rank_zero_warn(
+                f"{rows} rows of the logits of {where} contain NaN or +inf; their calibration is logged as NaN."
+            )
+            return None
+        return ReliabilityTable(*(column.cpu() for column in metric.table()))
 
 
 @dataclass(frozen=True)

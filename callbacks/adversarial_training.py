@@ -3,10 +3,13 @@
 
 from typing import Any, ClassVar
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_robust.attacks import PGD, Attack
+from lightning_robust.callbacks._network_input import NetworkInput
 from lightning_robust.checks import check_in_range
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext
 
@@ -21,7 +24,9 @@ class AdversarialTraining(StepCallback):
 
     Runs in the ``batch`` stage: once per batch at the current weights, so every pass of a sharpness-aware step sees the
     same images. It only rewrites the batch, so any loss, mixed-up targets (probabilities) and manual optimization work.
-    Random starts depend on the global seed, rank, epoch and batch, and continue exactly after a resume.
+    Random starts depend on the global seed, rank, epoch and batch, and continue exactly after a resume. A step that
+    normalises or augments its images itself trains the network on others than the attack made; the first batch of a
+    fit is watched for that, with a warning.
 
     Published recipes differ in the mode of the model during the attack, which decides what BatchNorm learns. The
     default attack works in evaluation mode, which Bag of Tricks recommends and which leaves the running statistics to
@@ -68,10 +73,15 @@ class AdversarialTraining(StepCallback):
         check_in_range("clean_fraction", clean_fraction, 0.0, 1.0)
         self.attack = PGD(eps=8 / 255, step_size=2 / 255, steps=10) if attack is None else attack
         self.clean_fraction = clean_fraction
+        self._looked = False  # whether the first batch of the fit was watched
 
     @override
     def passes(self, inner: float) -> float:
         return (1 - self.clean_fraction) * self.attack.passes + inner
+
+    @override
+    def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._looked = False
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
@@ -79,4 +89,19 @@ class AdversarialTraining(StepCallback):
         clean = round(self.clean_fraction * len(x))
         generator = context.generator(x.device, "attack")
         x_adv = self.attack(context.model(self), x[clean:], y[clean:], generator=generator)
-        return run(self.batch.repack(batch, x=torch.cat([x[:clean], x_adv]) if clean else x_adv))
+        shown = torch.cat([x[:clean], x_adv]) if clean else x_adv
+        attacked = self.batch.repack(batch, x=shown)
+        if self._looked:
+            return run(attacked)
+        self._looked = True
+        with NetworkInput(context.pl_module, shown) as watch:
+            output = run(attacked)
+        # a step may do by itself what forward does too; then the attack aimed at the function that is trained
+        if watch.changed and not watch.same_as_in(context.model(self)):
+            name = type(context.pl_module).__name__
+            rank_zero_warn(
+                f"The training_step of {name} changes its images before the network sees them, so the network is not "
+                "trained on what the attack made. Normalise inside forward (a layer in front of the network), and "
+                "augment in the data set or in on_after_batch_transfer."
+            )
+        return output

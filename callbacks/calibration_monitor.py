@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_robust.calibration import reliability_figure
@@ -19,8 +19,9 @@ from lightning_robust.callbacks._calibration_files import (
     send_figure,
     write_files,
 )
-from lightning_robust.callbacks._calibration_view import SCORES, CalibrationView, calibration_scores
+from lightning_robust.callbacks._calibration_view import SCORES, CalibrationView, calibration_scores, reduced_table
 from lightning_robust.callbacks._evaluation_tap import EvaluationTap
+from lightning_robust.callbacks._names import refuse_same_name
 from lightning_robust.callbacks._terminal import Display, Terminal
 from lightning_robust.checks import check_choice, check_integer
 from lightning_robust.metrics import ReliabilityTable, TopLabelReliability
@@ -62,8 +63,11 @@ class CalibrationMonitor(Callback):
         stages: Where to measure: ``"validate"``, ``"test"`` or both.
         dirpath: Folder for the files; ``calibration/`` in the Trainer's log folder when not given. Without a logger
             and a ``default_root_dir`` nothing is written.
+        name: Tells this monitor from others and from what the module logs itself: ``val/NAME/ece``, and
+            ``reliability_val_NAME_0003.png``.
 
     Raises:
+        ValueError: At setup, if two monitors of one Trainer would write the same values.
         LogitsNotCaptured: At the first validation batch, if the step shows no logits; the message says what to name.
 
     Example:
@@ -83,6 +87,7 @@ class CalibrationMonitor(Callback):
         batch: BatchAdapter | None = None,
         stages: Sequence[Literal["validate", "test"]] = ("validate", "test"),
         dirpath: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         check_integer("n_bins", n_bins, 1)
@@ -100,6 +105,7 @@ class CalibrationMonitor(Callback):
         self.batch = batch if batch is not None else BatchAdapter()
         self.stages = tuple(stages)
         self.dirpath = None if dirpath is None else str(dirpath)
+        self.name = name
         # Not in the module tree: neither its dtype, its checkpoint nor DDP concern the sums.
         self._metrics: list[TopLabelReliability] = []  # one per dataloader of the running stage, else empty
         self._tap: EvaluationTap | None = None
@@ -111,7 +117,7 @@ class CalibrationMonitor(Callback):
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            logits_from=self.logits_from, n_bins=self.n_bins, closed=self.closed, stages=self.stages
+            name=self.name, logits_from=self.logits_from, n_bins=self.n_bins, closed=self.closed, stages=self.stages
         )
 
     @override
@@ -124,6 +130,7 @@ class CalibrationMonitor(Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        refuse_same_name(trainer, self, lambda other: bool(set(other.stages) & set(self.stages)))
         self._folder = output_folder(trainer, self.dirpath)
         self._terminal.forget()
         if self.save_figures and not matplotlib_is_installed():
@@ -160,7 +167,7 @@ class CalibrationMonitor(Callback):
         if self._tap is not None:  # also in the sanity check: missing logits and wrong labels are found early
             self._terminal.keep(trainer)
             logits = self._tap.take()
-            _, labels = self.batch.unpack(batch)
+            labels = self.batch.target_of(batch)
             self._metrics[dataloader_idx].update(logits, labels.to(logits.device))
 
     on_test_batch_end = on_validation_batch_end
@@ -201,10 +208,11 @@ class CalibrationMonitor(Callback):
         self._metrics = []
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        stage = stage if self.name is None else f"{stage}/{self.name}"
         views = []
         for index, metric in enumerate(self._metrics):
             loader = f"/dataloader_idx_{index}" if len(self._metrics) > 1 else ""
-            table = _reduce(metric, stage + loader)
+            table = reduced_table(metric, stage + loader)
             scores = dict.fromkeys(SCORES, math.nan) if table is None else calibration_scores(table)
             for name, value in scores.items():
                 # equal in all processes already; sync_dist only tells Lightning that nothing is missing
@@ -228,7 +236,7 @@ class CalibrationMonitor(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by the constructor, missing from annotations
             return
         fitting, epoch = trainer.state.fn == TrainerFn.FITTING, trainer.current_epoch
-        name = f"reliability_{stage}{loader.replace('/', '_')}_{epoch:04d}"
+        name = f"reliability_{stage}{loader}_{epoch:04d}".replace("/", "_")
         figure = None
         if self.save_figures and matplotlib_is_installed() and not (fitting and epoch % self.every_n_epochs):
             title = f"Reliability · {stage}{loader}" + (f" · epoch {epoch}" if fitting else "")
@@ -236,15 +244,3 @@ class CalibrationMonitor(Callback):
             send_figure(trainer.loggers, f"{stage}/reliability{loader}", figure, trainer.global_step)
         if self._folder is not None:
             write_files(self._folder / name, table, figure)
-
-
-def _reduce(metric: TopLabelReliability, where: str) -> ReliabilityTable | None:
-    """The bins of all processes on the CPU, or None if they are spoilt; the one place that waits for the device."""
-    with metric.sync_context():
-        rows, _ = metric.refused()
-        if rows:
-            rank_zero_warn(
-                f"{rows} rows of the logits of {where} contain NaN or +inf; their calibration is logged as NaN."
-            )
-            return None
-        return ReliabilityTable(*(column.cpu() for column in metric.table()))

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_robust.callbacks._network_input import NetworkInput
 from lightning_robust.checks import check_choice, check_non_negative
 from lightning_robust.distillation import KD, DistillationLoss, Network, Teacher, build_teacher
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext, loss_of, replace_loss
@@ -21,7 +23,8 @@ class Distillation(StepCallback):
     .. math:: b\,L + w\,D(z_{student}, z_{teacher})
 
     Runs inside the training step: the teacher sees the batch first, then the module's own step runs, and the loss
-    compares the logits that the step computed with the teacher's. The teacher term is logged as ``train/kd`` (the
+    compares the logits that the step computed with the teacher's. A first batch whose inputs the step changes (mixup,
+    augmentation) before the student sees them is warned about. The teacher term is logged as ``train/kd`` (the
     loss's name, with the teacher's name behind it when it has another than ``"teacher"``).
 
     The teacher lives outside the module tree: it is in no checkpoint, optimizer, weight average or DDP reduction,
@@ -106,6 +109,7 @@ class Distillation(StepCallback):
         # The given network was copied: nothing here keeps it alive.
         self._source = teacher if self.teacher is None else self.teacher
         self._recorded: dict[str, str] = {}  # what the checkpoint says about its teacher
+        self._looked = False  # whether the first batch of the fit was watched
         self._answered: tuple[Tensor, int, Tensor] | None = None  # input, its version, and the teacher's logits
 
     @property
@@ -138,6 +142,7 @@ class Distillation(StepCallback):
 
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._looked = False
         teacher = self._built()
         self._refuse_another_teacher(trainer, teacher)
         teacher.network = trainer.precision_plugin.convert_module(teacher.network)
@@ -148,14 +153,14 @@ class Distillation(StepCallback):
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
         # Before the step: the teacher's activations are gone when the student's graph is built.
         seen = context.batch_as_loaded if self.teacher_sees == "loaded" else batch
-        teacher_logits = self._ask(self.batch.unpack(seen)[0])
-        output = run(batch)
+        teacher_logits = self._ask(self.batch.input_of(seen))
+        target = self.batch.target_of(batch) if self.loss.needs_target else None
+        output = run(batch) if self._looked else self._watched(context, batch, run)
         loss = loss_of(output)
         if loss is None:
             return output
         student_logits = context.logits(self)
         self._refuse_other_shape(student_logits, teacher_logits)
-        target = self.batch.unpack(batch)[1] if self.loss.needs_target else None
         term = self.loss(student_logits, teacher_logits, target)
         suffix = "" if self.name == "teacher" else f"_{self.name}"
         context.log(f"train/{self.loss.name}{suffix}", term, batch_size=len(student_logits))
@@ -173,6 +178,19 @@ class Distillation(StepCallback):
         self._answered = None
         if stage == "fit" and self.teacher is not None:
             self.teacher.to("cpu")  # the Trainer takes the student off the device as well
+
+    def _watched(self, context: StepContext, batch: Any, run: RunStep) -> Any:
+        self._looked = True
+        with NetworkInput(context.pl_module, self.batch.input_of(batch)) as watch:
+            output = run(batch)
+        if watch.changed:
+            rank_zero_warn(
+                f"The training_step of {type(context.pl_module).__name__} changes its inputs before the student sees "
+                f"them, while the {self.name} got them as they are. That is right only if it normalises what the "
+                f"{self.name} normalises itself; mixup and augmentation belong in the data set or in "
+                "on_after_batch_transfer, where both networks get the same samples."
+            )
+        return output
 
     def _built(self) -> Teacher:
         assert self.teacher is not None, "setup builds the teacher"

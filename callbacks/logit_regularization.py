@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_robust.callbacks._names import refuse_same_name
 from lightning_robust.losses import CrossEntropy, LogitRegularizer
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext, loss_of, replace_loss
 
@@ -22,7 +23,7 @@ class LogitRegularization(StepCallback):
 
     Runs inside the training step, on the logits that the step itself computed, so it costs no forward pass. The
     coefficient may follow a schedule, whose value is set at the start of every epoch and continues after a resume.
-    The penalty without its coefficient is logged as ``train/<name>`` (the mean over the epoch).
+    The penalty without its coefficient is logged as ``train/NAME`` (the mean over the epoch).
 
     Samples whose hard label is ``ignore_index`` do not count, as in the cross-entropy; the mean runs over the samples
     of one process. Validation and test losses are never changed.
@@ -32,11 +33,13 @@ class LogitRegularization(StepCallback):
     Args:
         regularizer: The penalty with its coefficient, for example ``MaxSup(alpha=0.1)``.
         ignore_index: Hard label of the samples that do not count; only looked at when the batch holds hard labels.
+        name: Tells two penalties apart in the logs, ``train/NAME``; the regularizer's own name when ``None``.
         logits_from: Dotted name of the sub-module whose output is the logits; found by itself when ``None``.
         batch: How to read labels from a batch; the usual forms are understood when ``None``.
 
     Raises:
-        ValueError: At setup, for manual optimization, or for a schedule over a run of unknown length.
+        ValueError: At setup, for manual optimization, for a schedule over a run of unknown length, or for two
+            penalties of one Trainer with the same name.
 
     References:
         See the regularizer, for example :class:`~lightning_robust.losses.MaxSup`.
@@ -57,17 +60,20 @@ class LogitRegularization(StepCallback):
         regularizer: LogitRegularizer,
         *,
         ignore_index: int = -100,
+        name: str | None = None,
         logits_from: str | None = None,
         batch: BatchAdapter | None = None,
     ) -> None:
         super().__init__(logits_from=logits_from, batch=batch)
         self.regularizer = regularizer
         self.ignore_index = ignore_index
+        self.name = regularizer.name if name is None else name
         self._reads_labels = batch is not None  # the user says where labels are, so failing to find them is an error
 
     @override
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().check(trainer, pl_module)
+        refuse_same_name(trainer, self)
         self._set_progress(trainer)
         smoothing = next(filter(None, map(_label_smoothing, pl_module.modules())), 0.0)
         if smoothing:
@@ -92,28 +98,31 @@ class LogitRegularization(StepCallback):
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
+        labels = self._labels(batch)  # read first: a step may take its batch apart
         output = run(batch)
         loss = loss_of(output)
         if loss is None:
             return output
         logits = context.logits(self)
-        penalty = self.regularizer.mean_penalty(logits, self._mask(batch, logits))
-        context.log(f"train/{self.regularizer.name}", penalty, batch_size=len(logits))
+        penalty = self.regularizer.mean_penalty(logits, self._mask(labels, logits))
+        context.log(f"train/{self.name}", penalty, batch_size=len(logits))
         return replace_loss(output, loss + self.regularizer.coefficient * penalty)
 
     def _set_progress(self, trainer: L.Trainer) -> None:
         max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         self.regularizer.set_progress(trainer.current_epoch, max_epochs)
 
-    def _mask(self, batch: Any, logits: Tensor) -> Tensor | None:
-        """Which samples count; ``None`` when the batch has no hard labels that fit the logits."""
+    def _labels(self, batch: Any) -> Tensor | None:
         try:
-            labels = self.batch.unpack(batch)[1]
+            return self.batch.target_of(batch)
         except (TypeError, KeyError):
             if self._reads_labels:
                 raise
             return None
-        if labels.is_floating_point() or labels.shape != logits.shape[:1] + logits.shape[2:]:
+
+    def _mask(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+        """Which samples count; ``None`` when the batch has no hard labels that fit the logits."""
+        if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:1] + logits.shape[2:]:
             return None
         return labels != self.ignore_index
 

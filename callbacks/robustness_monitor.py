@@ -13,14 +13,16 @@ from typing_extensions import override
 
 from lightning_robust.attacks import PGD, Attack
 from lightning_robust.attacks.losses import cross_entropy, labels_of
+from lightning_robust.callbacks._evaluation_tap import EvaluationTap, refuse_other_function
 from lightning_robust.checks import check_choice, check_integer
 from lightning_robust.guards import evaluation_mode
 from lightning_robust.losses import full_precision
-from lightning_robust.training import BatchAdapter, LogitsFunction, derive_seed
+from lightning_robust.training import BatchAdapter, LogitsFunction, QuietGate, derive_seed
 
 __all__ = ["RobustnessMonitor"]
 
 _PREFIXES = {"validate": "val", "test": "test"}
+_STEPS = {"validate": "validation_step", "test": "test_step"}
 
 
 class RobustnessMonitor(Callback):
@@ -28,8 +30,17 @@ class RobustnessMonitor(Callback):
 
     Looks only: the attack runs in ``on_validation_batch_end`` on the batch that was just validated, in the Trainer's
     precision, with the same random starts at every epoch, and leaves weights, gradients, modes and generators alone.
-    Lightning's inference mode needs no change. ``ModelCheckpoint(monitor="val/adv_acc", mode="max")`` then keeps the
-    most robust epoch, which matters because robust accuracy falls in late epochs while clean accuracy still rises.
+    Lightning's inference mode needs no change, and what ``forward`` logs or counts is counted once.
+
+    Attacked is ``forward`` (or the only network, or ``logits_from``). The first batch of a run compares its logits with
+    those of the validation step: a step that normalises the images itself, say, validates another function, and is
+    refused. A step that shows no logits, or is run in training mode, is not compared.
+
+    ``ModelCheckpoint(monitor="val/adv_acc", mode="max")`` then keeps the
+    most robust epoch, which matters because robust accuracy falls in late epochs while clean accuracy still rises. With
+    ``every_n_epochs`` above 1 the value exists in attacked epochs only: elsewhere ``ModelCheckpoint`` and
+    ``EarlyStopping`` find the key missing (an error before the first attacked epoch) or old. Let them look equally
+    often: ``ModelCheckpoint(every_n_epochs=N)``, and no ``EarlyStopping`` on it.
 
     Counts and sums are added up over ranks. A distributed sampler pads uneven data with repeated samples, which are
     then counted twice, as in every validation metric. A strong number here is no certificate: stronger attacks only
@@ -41,7 +52,7 @@ class RobustnessMonitor(Callback):
     Args:
         attack: the attack; when ``None`` ``PGD(eps=8/255, step_size=2/255, steps=20)``. With its ``early_stop`` the
             logged NLL is that of the first point that fools the model, not of the worst.
-        every_n_epochs: attack in every n-th epoch of a fit only.
+        every_n_epochs: attack in every n-th epoch of a fit only; see above for callbacks that monitor the value.
         max_samples: attack this many images, the first of the loader, which should not shuffle; ``None`` for all. They
             are shared out over the ranks.
         stages: when to attack: ``"validate"``, ``"test"`` or both.
@@ -52,7 +63,8 @@ class RobustnessMonitor(Callback):
         batch: how to read images and targets from a batch; the usual forms are understood when ``None``.
 
     Raises:
-        ValueError: an argument out of range; when running, images outside the bounds or logits that are not finite.
+        ValueError: an argument out of range; when running, images outside the bounds, logits that are not finite, or
+            a step that validates another function than the attacked one.
 
     Example:
         >>> from lightning_robust.attacks import PGD
@@ -91,8 +103,16 @@ class RobustnessMonitor(Callback):
         self.logits_from = logits_from
         self.batch = batch if batch is not None else BatchAdapter()
         self._model: LogitsFunction | None = None  # None: nothing is attacked in this loop
+        self._tap: EvaluationTap | None = None  # watches the step up to the first attacked batch of a run
+        self._compared = False
+        self._gate: QuietGate | None = None  # keeps the attack's forwards out of logs and metrics
+        self._own_gate: QuietGate | None = None  # the same, in the monitor that installs and removes it
         self._left = 0.0
         self._totals = torch.zeros(3)  # correct, sum of NLL, count
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._compared = False
 
     @override
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -134,6 +154,14 @@ class RobustnessMonitor(Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer, pl_module, "test")
 
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._end()
+
     def should_attack(self, trainer: L.Trainer, stage: str) -> bool:
         """Whether the loop that begins now is one to attack in.
 
@@ -145,7 +173,19 @@ class RobustnessMonitor(Callback):
         return stage in self.stages and due and not trainer.sanity_checking
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._model = LogitsFunction(pl_module, self.logits_from) if self.should_attack(trainer, stage) else None
+        self._end()
+        # all monitors share the gate of the first: two would be removed in the order of their installation
+        first = next(each for each in trainer.callbacks if isinstance(each, RobustnessMonitor))  # type: ignore[attr-defined]
+        if first is self:
+            self._own_gate = QuietGate(pl_module)
+            self._own_gate.install()
+        self._gate = first._own_gate
+        if not self.should_attack(trainer, stage):
+            return
+        self._model = LogitsFunction(pl_module, self.logits_from)
+        if not self._compared:
+            self._tap = EvaluationTap(pl_module, _STEPS[stage], self.logits_from)
+            self._tap.attach()
         self._left = float("inf")
         if self.max_samples is not None:
             share, rest = divmod(self.max_samples, trainer.world_size)
@@ -159,17 +199,32 @@ class RobustnessMonitor(Callback):
     ) -> None:
         if self._model is None or self._left <= 0 or dataloader_idx != self.dataloader_idx:
             return
+        assert self._gate is not None
         x, y = self.batch.unpack(batch)
+        if self._tap is not None:
+            with trainer.precision_plugin.forward_context(), self._gate.silence(), torch.no_grad():
+                refuse_other_function(self._tap, self._model, x)
+            self._tap.detach()
+            self._tap, self._compared = None, True
         count = int(min(self._left, len(x)))
         self._left -= count
         x, y = x[:count], y[:count]
         seed = derive_seed(self.seed, trainer.global_rank, batch_idx)
         generator = torch.Generator(x.device).manual_seed(seed)
-        with trainer.precision_plugin.forward_context(), evaluation_mode(pl_module):
+        with trainer.precision_plugin.forward_context(), evaluation_mode(pl_module), self._gate.silence():
             x_adv = self.attack(self._model, x, y, generator=generator)
             with torch.no_grad():
                 logits = full_precision(self._model(x_adv))
         self._totals += self._sums(logits, y)
+
+    def _end(self) -> None:
+        self._model = None
+        if self._tap is not None:
+            self._tap.detach()
+            self._tap = None
+        if self._own_gate is not None:
+            self._own_gate.remove()
+        self._gate = self._own_gate = None
 
     def _sums(self, logits: Tensor, y: Tensor) -> Tensor:
         correct = (logits.argmax(1) == labels_of(y)).sum()
@@ -178,9 +233,10 @@ class RobustnessMonitor(Callback):
         return torch.stack([correct.to(nll.dtype), nll, count.to(nll.dtype)])
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._model is None:
+        model = self._model
+        self._end()
+        if model is None:
             return
-        self._model = None
         correct, nll, count = trainer.strategy.reduce(self._totals, reduce_op="sum").tolist()
         if not count:
             return

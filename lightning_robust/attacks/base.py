@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_robust.attacks.conditions import MODES, AttackMode, Model, attack_conditions, unwrap
 from lightning_robust.attacks.losses import ATTACK_LOSSES
-from lightning_robust.attacks.problem import Problem, check_batch
+from lightning_robust.attacks.problem import Problem, check_batch, check_probabilities
 from lightning_robust.attacks.space import InputSpace
 from lightning_robust.checks import check_choice, check_integer, check_non_negative
 from lightning_robust.losses import full_precision
@@ -34,8 +34,8 @@ class Attack(ABC):
     attacked inside it.
 
     Values are checked where that is free: on the CPU in every call; on an accelerator, where it would make the host
-    wait for the device, in an attack's first call only. Outside the bounds by more than 1e-6, NaN, and non-finite
-    logits are errors.
+    wait for the device, in an attack's first call only. Outside the bounds by more than 1e-6, NaN, rows of
+    probabilities that do not add up to 1, and non-finite logits are errors.
 
     Args:
         eps: radius of the budget, in pixel units (those of ``bounds``).
@@ -195,6 +195,7 @@ class Attack(ABC):
         check = x.device.type == "cpu" or x.device.type not in self._checked_on
         if check:
             self.space.check(x)
+            check_probabilities(y)
             self._checked_on.add(x.device.type)
         problem = Problem(
             model=model,

@@ -11,7 +11,7 @@ from lightning_robust.attacks.conditions import Model
 from lightning_robust.attacks.losses import labels_of
 from lightning_robust.losses import full_precision
 
-__all__ = ["Problem", "check_batch"]
+__all__ = ["Problem", "check_batch", "check_probabilities"]
 
 # Gradients of confident samples are below the smallest float16 number; scaled by this much they are not.
 _HALF_SCALE = 1024.0
@@ -48,11 +48,16 @@ class Problem:
         """Logits in at least float32.
 
         Raises:
-            ValueError: the model returned something else than ``[B, C]``, or NaN or infinity.
+            ValueError: the model returned something else than ``[B, C]``, one logit only, or NaN or infinity.
         """
         logits = self.model(x.to(self.dtype))
         if logits.ndim != 2 or len(logits) != len(x):
             raise ValueError(f"Expected logits [B, C] from the model but got {list(logits.shape)} for {len(x)} images.")
+        if logits.shape[1] < 2:
+            raise ValueError(
+                f"Expected one logit per class from the model but got {list(logits.shape)}; let a binary classifier "
+                "return two, for example torch.cat([torch.zeros_like(z), z], 1)."
+            )
         if self.check and not logits.isfinite().all():
             raise ValueError(
                 "The attacked model returned NaN or infinite logits, which would pass for robustness; look for "
@@ -75,14 +80,18 @@ class Problem:
         return hit if self.targeted else ~hit
 
     def gradient(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the loss with respect to the images, and the logits; one forward and one input-backward."""
+        """Gradient of the loss with respect to the images, and the logits; one forward and one input-backward.
+
+        Raises:
+            ValueError: the logits do not depend on the images by gradients.
+        """
         x_adv = x_adv.detach().requires_grad_()
         logits = self.logits(x_adv)
         total = self.losses(logits).sum()
         if not self._half():
-            (gradient,) = torch.autograd.grad(total, x_adv)
+            gradient = _gradient(total, x_adv)
         else:
-            (gradient,) = torch.autograd.grad(total * _HALF_SCALE, x_adv)
+            gradient = _gradient(total * _HALF_SCALE, x_adv)
             # an overflow keeps its sign; of an undefined difference of overflows nothing is known
             gradient = gradient.nan_to_num(nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX)
         return gradient, logits.detach()
@@ -107,6 +116,36 @@ class Problem:
         kind = self.x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         return autocast or self.dtype == torch.float16
+
+
+def _gradient(total: Tensor, x_adv: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(total, x_adv, allow_unused=True)[0] if total.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "No gradient reaches the images from the logits of the attacked model; take torch.no_grad() and .detach() "
+            "out of its forward, and freeze weights with requires_grad_(False) instead."
+        )
+    return gradient
+
+
+def check_probabilities(y: Tensor) -> None:
+    """Refuse rows of probabilities that do not add up to 1; reads values, so a device has to catch up.
+
+    Args:
+        y: classes ``[B]``, which are not looked at, or probabilities ``[B, C]``.
+
+    Raises:
+        ValueError: a row is off by more than 0.01, as those of multi-label targets are.
+    """
+    if y.ndim != 2:
+        return
+    sums = full_precision(y).sum(1)
+    worst = sums[(sums - 1).abs().argmax()].item()
+    if not abs(worst - 1) <= 1e-2:
+        raise ValueError(
+            f"Expected probabilities [B, C] whose rows add up to 1 but got a row with the sum {worst:g}; attacks know "
+            "one class per image, so give classes [B] (0 and 1 with a binary classifier) or a distribution over them."
+        )
 
 
 def check_batch(x: Tensor, y: Tensor) -> None:

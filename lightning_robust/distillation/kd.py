@@ -21,11 +21,12 @@ def kd_loss(
 
     .. math:: T^2\,\frac1B\sum_i \mathrm{KL}\big(\mathrm{softmax}(t_i/T)\,\|\,\mathrm{softmax}(z_i/T)\big)
 
-    The sum runs over classes and the mean over the batch. The gradient also reaches ``teacher_logits`` if they ask
-    for one, which attacks on the pair of networks need.
+    The sum runs over classes and the mean over the batch and, as in torch's cross entropy, over the positions of
+    ``[B, C, ...]`` logits. The gradient also reaches ``teacher_logits`` if they ask for one, which attacks on the pair
+    of networks need.
 
     Args:
-        student_logits: Scores ``z`` of the student before the softmax, ``[B, C]``.
+        student_logits: Scores ``z`` of the student before the softmax, ``[B, C]`` or ``[B, C, ...]``.
         teacher_logits: Scores ``t`` of the teacher, of the same shape.
         temperature: Temperature ``T`` of both softmaxes.
         temperature_squared: Multiply by ``T^2``, which keeps the gradient's size when ``T`` changes.
@@ -54,7 +55,8 @@ def kd_loss(
     with autocast_off(student_logits):
         log_p = (full_precision(student_logits) / temperature).log_softmax(1)
         log_q = (full_precision(teacher_logits) / temperature).log_softmax(1)
-        divergence = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        positions = log_p.numel() // max(log_p.shape[1], 1)
+        divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True) / positions
     return divergence * temperature**2 if temperature_squared else divergence
 
 
@@ -69,7 +71,7 @@ class KD(DistillationLoss):
         temperature_squared: Multiply by the squared temperature, as Hinton et al. do and most code does.
 
     Shape:
-        ``student_logits`` and ``teacher_logits`` ``[B, C]`` give a scalar.
+        ``student_logits`` and ``teacher_logits`` ``[B, C]`` or ``[B, C, ...]`` give a scalar.
 
     Raises:
         ValueError: If the temperature is not positive.

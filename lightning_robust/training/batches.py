@@ -122,6 +122,11 @@ class RepeatableBatch:
 
     Raises:
         RuntimeError: from :meth:`fresh`, if a pass changed a tensor of the batch in place.
+
+    Example:
+        >>> batch = RepeatableBatch({"x": 1, "y": 2})
+        >>> batch.fresh().pop("y"), batch.fresh()
+        (2, {'x': 1, 'y': 2})
     """
 
     def __init__(self, batch: Any) -> None:

@@ -77,6 +77,7 @@ class _Gated:
         self._gate = gate
         self._hidden = vars(owner).get(name, _ABSENT)
         self._last: Any = None
+        self._removed = False
         self.__wrapped__ = getattr(owner, name)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -89,11 +90,16 @@ class _Gated:
         return getattr, (self.owner, self.name)
 
     def remove(self) -> None:
-        if vars(self.owner).get(self.name) is self:
-            if self._hidden is _ABSENT:
-                del vars(self.owner)[self.name]
-            else:
-                vars(self.owner)[self.name] = self._hidden
+        self._removed = True
+        if vars(self.owner).get(self.name) is not self:
+            return  # another gate stands over this one and takes it along when it goes
+        hidden = self._hidden
+        while isinstance(hidden, _Gated) and hidden._removed:
+            hidden = hidden._hidden
+        if hidden is _ABSENT:
+            del vars(self.owner)[self.name]
+        else:
+            vars(self.owner)[self.name] = hidden
 
 
 _ABSENT = object()

@@ -138,3 +138,53 @@ def test_a_device_has_to_wait_in_the_first_call_only(net):
     meta = torch.empty(2, 3, 6, 6, device="meta")
     attack._checked_on.add("meta")
     assert not attack._problem(net, meta, torch.empty(2, dtype=torch.long, device="meta")).check
+
+
+class Changed(nn.Module):
+    """A network with something done to its output or around it."""
+
+    def __init__(self, net, how):
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x):
+        return self.how(self.net, x)
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(steps=1), FGSM(), PGD(steps=1, loss="margin"), PGD(steps=1, loss="kl")], ids=repr
+)
+def test_one_logit_is_refused(net, attack):
+    x, y = images(classes=2)
+    with pytest.raises(
+        ValueError, match=r"one logit per class from the model but got \[8, 1\]; let a binary classifier"
+    ):
+        attack(Changed(net, lambda net, x: net(x)[:, :1]), x, y)
+
+
+@pytest.mark.parametrize("value", [2.0, 0.9, 1.02, float("nan")])
+def test_targets_that_are_no_probabilities_are_refused(net, value):
+    x, y = images()
+    target = torch.nn.functional.one_hot(y, 4).float()
+    target[3] = value / 4
+    with pytest.raises(ValueError, match="rows add up to 1 but got a row with the sum"):
+        PGD(steps=1)(net, x, target)
+    target[3] = 1.001 / 4
+    PGD(steps=1)(net, x, target)
+
+
+def no_grad(net, x):
+    with torch.no_grad():
+        return net(x)
+
+
+def detached_features(net, x):
+    return net.head(torch.tanh(net.norm(net.conv(x))).flatten(1).detach())
+
+
+@pytest.mark.parametrize("how", [no_grad, detached_features, lambda net, x: net(x.detach())])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_without_a_way_back_to_the_images_are_refused(net, how, dtype):
+    x, y = images(dtype=dtype)
+    with pytest.raises(ValueError, match="No gradient reaches the images from the logits"):
+        PGD(steps=1)(Changed(net.to(dtype), how), x, y)

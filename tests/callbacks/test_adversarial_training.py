@@ -1,7 +1,9 @@
 """Adversarial training of modules that know nothing about it."""
 
 import copy
+import warnings
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -242,3 +244,101 @@ def test_defaults_and_refusals():
     assert (attack.eps, attack.step_size, attack.steps, attack.mode) == (8 / 255, 2 / 255, 10, "eval")
     with pytest.raises(ValueError, match="Expected `clean_fraction` to be in"):
         AdversarialTraining(clean_fraction=1.5)
+
+
+def normalise(x):
+    return (x - 0.5) / 0.25
+
+
+class NormalisesInTheStep(PlainModule):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(normalise(batch[0])), batch[1])
+
+
+class NormalisesBeforeTheNetwork(NormalisesInTheStep):
+    forward = L.LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(normalise(batch[0])), batch[1])
+
+
+class AugmentsInTheStep(PlainModule):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(x=batch[0] + 0.01 * torch.rand_like(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize("module", [NormalisesInTheStep, NormalisesBeforeTheNetwork, AugmentsInTheStep])
+@pytest.mark.parametrize("others", [[], [SharpnessAware()]], ids=["alone", "sharpness"])
+def test_a_step_that_changes_the_attacked_images_is_warned_about_once(module, others):
+    module = module()
+    with pytest.warns(UserWarning, match=f"training_step of {type(module).__name__} changes its images") as record:
+        fit(module, AdversarialTraining(PGD(eps=EPS, steps=1)), *others)
+    assert sum("changes its images" in str(each.message) for each in record) == 1
+    assert not any(child._forward_pre_hooks for child in module.modules())
+
+
+class NormalisesInForward(PlainModule):
+    def forward(self, x):
+        return self.net(normalise(x))
+
+
+class SameByHand(NormalisesInForward):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(normalise(batch[0])), batch[1])
+
+
+class Keyword(PlainModule):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(x=batch[0].clone()), batch[1])
+
+
+class Parts(PlainModule):
+    def forward(self, x):
+        return self.net[-1](self.net[:-1](x))
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        for layer in self.net:
+            x = layer(x)
+        return F.cross_entropy(x, batch[1])
+
+
+class Joint(PlainModule):
+    def training_step(self, batch, batch_idx):
+        logits = self(torch.cat([batch[0], batch[0].flip(-1)]))
+        return F.cross_entropy(logits, batch[1].repeat(2))
+
+
+class Hidden(PlainModule):
+    def training_step(self, batch, batch_idx):
+        weight = self.net[-1].weight
+        return F.cross_entropy(F.linear(batch[0].flatten(1)[:, : weight.shape[1]], weight), batch[1])
+
+
+@pytest.mark.parametrize("module", [NormalisesInForward, SameByHand, Keyword, Parts, Joint, Hidden, ManualModule])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_that_shows_the_attacked_images_to_its_network_is_not(module, precision):
+    module = module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*changes its images.*")
+        fit(module, AdversarialTraining(PGD(eps=EPS, steps=1)), precision=precision)
+    assert not any(child._forward_pre_hooks for child in module.modules())
+
+
+@pytest.mark.parametrize("what", ["network", "module"])
+def test_watching_the_first_batch_leaves_compiled_code_alone(what):
+    torch._dynamo.reset()
+    plain, compiled = PlainModule(norm=False), PlainModule(norm=False)
+    if what == "network":
+        compiled.net = torch.compile(compiled.net, backend="eager")
+        fitted = compiled
+    else:
+        compiled.train_acc = None
+        compiled.training_step = torch.compile(
+            lambda batch, batch_idx: F.cross_entropy(compiled(batch[0]), batch[1]), backend="eager", fullgraph=True
+        )
+        fitted = compiled
+    attack = PGD(eps=EPS, steps=2, random_start=False)
+    fit(plain, AdversarialTraining(attack))
+    fit(fitted, AdversarialTraining(attack))
+    torch.testing.assert_close(weights_of(compiled), weights_of(plain))

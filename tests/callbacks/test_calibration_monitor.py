@@ -345,6 +345,60 @@ def test_checkpoints_can_follow_the_ece_and_the_history_resumes(tmp_path):
     assert len(second.state_dict()["history"]["val"]) == 3
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_monitors_do_not_disturb_each_other(order, tmp_path):
+    module = PlainModule()
+    monitors = [silent(dirpath=tmp_path), silent(dirpath=tmp_path, n_bins=5, name="coarse")][::order]
+    run = trainer(*monitors, max_epochs=3, num_sanity_val_steps=1)
+    run.fit(module, loader(), loader())
+    run.validate(module, loader(), verbose=False)
+    assert run.callback_metrics["val/nll"] == run.callback_metrics["val/coarse/nll"]
+    assert "validation_step" not in vars(module)
+    assert not module.net._forward_hooks
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"reliability_val_0000.csv", "reliability_val_coarse_0000.csv"} <= names
+    assert len({monitor.state_key for monitor in monitors}) == 2
+    assert all("val/coarse" in monitor.state_dict()["history"] for monitor in monitors if monitor.name)
+
+
+def test_the_wrapper_of_another_callback_stays():
+    class Wraps(L.Callback):
+        def on_validation_epoch_start(self, run, pl_module):
+            inner = pl_module.validation_step
+            vars(pl_module)["validation_step"] = lambda batch, batch_idx: inner(batch, batch_idx)
+
+    module = PlainModule()
+    run = trainer(silent(), Wraps())
+    run.validate(module, loader(), verbose=False)
+    theirs = vars(module)["validation_step"]
+    values = expected(module)
+    run = trainer(silent())
+    run.validate(module, loader(), verbose=False)
+    check(run.callback_metrics, values)
+    assert vars(module)["validation_step"] is theirs
+
+
+def test_two_monitors_of_one_name_are_refused():
+    message = "Two CalibrationMonitor callbacks of this Trainer have the name None"
+    with pytest.raises(ValueError, match=message):
+        trainer(silent(), silent(n_bins=5)).validate(PlainModule(), loader(), verbose=False)
+    apart = [silent(stages=["validate"]), silent(stages=["test"])]
+    trainer(*apart).validate(PlainModule(), loader(), verbose=False)
+
+
+def test_a_name_keeps_the_values_of_the_module():
+    class LogsNll(PlainModule):
+        def validation_step(self, batch, batch_idx):
+            self.net(batch[0])
+            self.log("val/nll", 7.0)
+
+    module = LogsNll()
+    run = trainer(silent(name="calibration"))
+    run.validate(module, loader(), verbose=False)
+    assert run.callback_metrics["val/nll"] == 7
+    assert run.callback_metrics["val/calibration/nll"].item() == pytest.approx(expected(module)["nll"], rel=1e-5)
+
+
 def test_line(capsys):
     run = trainer(CalibrationMonitor(), max_epochs=2)
     run.fit(PlainModule(), loader(), loader())

@@ -304,3 +304,47 @@ def test_can_be_built_from_a_configuration(capsys):
         parser.parse_args(["--methods.help", "Distillation"])
     # An argument typed nn.Module would add every module that exists.
     assert len(capsys.readouterr().out.splitlines()) < 150
+
+
+class MixesInTheStep(PlainModule):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(0.6 * x + 0.4 * x.flip(0)), y)
+
+
+def test_a_step_that_changes_its_inputs_is_warned_about_once():
+    with pytest.warns(UserWarning, match="training_step of MixesInTheStep changes its inputs") as record:
+        fit(MixesInTheStep(), Distillation(teacher_network()), SharpnessAware())
+    assert sum("changes its inputs" in str(each.message) for each in record) == 1
+
+
+class MixedTargets(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        x, y = loader().dataset[index]
+        return x, (y, (y + 1) % CLASSES, 0.7)
+
+
+class TakesMixedTargets(PlainModule):
+    def training_step(self, batch, batch_idx):
+        x, (y_a, y_b, lam) = batch
+        logits, lam = self(x), lam[0].float()
+        return lam * F.cross_entropy(logits, y_a) + (1 - lam) * F.cross_entropy(logits, y_b)
+
+
+def test_targets_of_any_form_are_left_alone_unless_the_loss_needs_them():
+    data = torch.utils.data.DataLoader(MixedTargets(), batch_size=6)
+    assert "train/kd" in fit(TakesMixedTargets(), Distillation(teacher_network()), data=data).callback_metrics
+    with pytest.raises(TypeError, match="Expected entry 1 of the batch to be a tensor"):
+        fit(TakesMixedTargets(), Distillation(teacher_network(), Supervised()), data=data)
+
+
+def test_labels_are_read_before_the_step_takes_its_batch_apart():
+    class Pops(PlainModule):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch.pop("image")), batch.pop("label"))
+
+    run = fit(Pops(), Distillation(teacher_network(), Supervised()), data=loader(form="dict"))
+    assert "train/supervised" in run.callback_metrics

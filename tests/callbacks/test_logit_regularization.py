@@ -190,3 +190,30 @@ def test_can_be_built_from_a_configuration():
     ]:
         built = instantiate(parser.parse_args([*chosen, *extra])).methods["m"]
         assert built.regularizer.schedule == expected.schedule
+
+
+def test_labels_are_read_before_the_step_takes_its_batch_apart():
+    class Pops(PlainModule):
+        def training_step(self, batch, batch_idx):
+            y = batch.pop("label")
+            return F.cross_entropy(self(batch["image"]), y)
+
+    samples = [{"image": x, "label": y if index % 3 else torch.tensor(-100)} for index, (x, y) in enumerate(IMAGES)]
+    data = DataLoader(samples, batch_size=24)
+    module = Pops(norm=False)
+    with torch.no_grad():
+        logits = module.net(torch.stack([each["image"] for each in samples]))[torch.arange(24) % 3 != 0]
+    run = fit(module, LogitRegularization(MaxSup()), data=data)
+    torch.testing.assert_close(run.callback_metrics["train/maxsup"], (logits.amax(1) - logits.mean(1)).mean())
+    fit(Pops(), LogitRegularization(MaxSup(), batch=BatchAdapter()), data=data)
+
+
+IMAGES = loader().dataset
+
+
+def test_two_penalties_of_one_kind_need_names():
+    pair = [LogitRegularization(MaxSup(alpha=0.1)), LogitRegularization(MaxSup(alpha=0.2), name="second")]
+    run = fit(PlainModule(), *pair)
+    assert {"train/maxsup", "train/second"} <= set(run.callback_metrics)
+    with pytest.raises(ValueError, match="Two LogitRegularization callbacks of this Trainer have the name 'maxsup'"):
+        fit(PlainModule(), LogitRegularization(MaxSup()), LogitRegularization(MaxSup(alpha=0.2)))

@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
@@ -200,3 +201,114 @@ def test_diverged_weights_are_an_error():
 def test_refused_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         RobustnessMonitor(**options)
+
+
+class NormalisesInTheStep(Watched):
+    def validation_step(self, batch, batch_idx):
+        self.net((batch[0] - 0.5) / 0.25)
+
+
+class ScalesInTheStep(Watched):
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(batch[0]) * 1.1}
+
+
+class ForwardGivesProbabilities(Watched):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self.net(batch[0])}
+
+
+class ForwardGivesFeatures(Watched):
+    def forward(self, x):
+        return self.net[:-1](x)
+
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self.net[-1](self(batch[0]))}
+
+
+OTHERS = [NormalisesInTheStep, ScalesInTheStep, ForwardGivesProbabilities, ForwardGivesFeatures]
+
+
+@pytest.mark.parametrize("module", OTHERS)
+def test_a_step_that_validates_another_function_is_refused(module):
+    module = module()
+    with pytest.raises(ValueError, match=f"{type(module).__name__} computes other logits than its forward"):
+        trainer(RobustnessMonitor(attack())).validate(module, loader(), verbose=False)
+    assert not {"validation_step", "log", "log_dict"} & set(vars(module))
+    assert not module.net._forward_hooks
+
+
+class NormalisesInForward(Watched):
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.25)
+
+
+class LogSoftmaxInTheStep(Watched):
+    def validation_step(self, batch, batch_idx):
+        return {"logits": self(batch[0]).log_softmax(1)}
+
+
+class ShowsNothing(Watched):
+    def validation_step(self, batch, batch_idx):
+        nn.Sequential.forward(self.net, batch[0])
+
+
+class TrainsWhileItValidates(Watched):
+    def validation_step(self, batch, batch_idx):
+        self.net.train()
+        self(batch[0])
+
+
+@pytest.mark.parametrize(
+    "module", [NormalisesInForward, LogSoftmaxInTheStep, ShowsNothing, lambda: TrainsWhileItValidates(dropout=0.5)]
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_that_validates_what_is_attacked_passes(module, precision):
+    trainer(RobustnessMonitor(attack()), precision=precision).validate(module(), loader(), verbose=False)
+
+
+def test_the_comparison_costs_one_forward_per_run():
+    class Counts(PlainModule):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    module = Counts(lr=0.0)
+    run = trainer(RobustnessMonitor(attack(), every_n_epochs=2), max_epochs=4)
+    run.fit(module, loader(length=6), loader())
+    # 4 training steps, 4 x 4 validation steps, and twice 4 batches with 3 attack steps and 1 result
+    assert module.calls == 4 + 16 + 2 * 4 * (3 + 1) + 1
+    assert "validation_step" not in vars(module)
+
+
+class CountsInForward(PlainModule):
+    def __init__(self):
+        super().__init__()
+        self.seen = torchmetrics.SumMetric()
+
+    def forward(self, x):
+        self.seen.update(len(x))
+        self.log("images", float(len(x)), reduce_fx="sum", batch_size=1)
+        return self.net(x)
+
+    def on_validation_epoch_end(self):
+        self.log("count", self.seen.compute())
+
+
+@pytest.mark.parametrize("monitors", [1, 2])
+def test_metrics_and_logs_inside_forward_count_once(monitors):
+    module = CountsInForward()
+    run = trainer(*[RobustnessMonitor(attack(), name=f"adv{index}") for index in range(monitors)])
+    for _ in range(2):
+        module.seen.reset()
+        run.validate(module, loader(), verbose=False)
+        assert run.callback_metrics["count"] == 24
+        assert run.callback_metrics["images"] == 24
+    assert not {"log", "log_dict"} & set(vars(module))
+    assert not any(type(value).__name__ == "_Gated" for value in vars(module.seen).values())
+    assert f"val/adv{monitors - 1}_acc" in run.callback_metrics

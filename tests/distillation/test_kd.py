@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lightning_robust.distillation import KD, DistillationLoss, kd_loss
 
@@ -89,3 +90,11 @@ def test_repr():
 def test_the_base_class_is_abstract():
     with pytest.raises(NotImplementedError):
         DistillationLoss()(logits(0), logits(1))
+
+
+def test_positions_count_like_samples():
+    student, teacher = (logits(seed).view(2, 3, 1, 5).permute(0, 3, 1, 2) for seed in (0, 1))
+    torch.testing.assert_close(kd_loss(student, teacher), kd_loss(logits(0), logits(1)))
+    assert float(kd_loss(logits(0), logits(1))) == float(
+        16 * F.kl_div(*((logits(s) / 4).log_softmax(1) for s in (0, 1)), reduction="batchmean", log_target=True)
+    )

@@ -8,7 +8,7 @@ import torch
 import torchmetrics
 
 from lightning_robust.callbacks import SharpnessAware
-from lightning_robust.training import Stage, StepCallback, StepPipeline, loss_of, replace_loss
+from lightning_robust.training import QuietGate, Stage, StepCallback, StepPipeline, loss_of, replace_loss
 from support.modules import (
     CollectionModule,
     DictModule,
@@ -328,6 +328,17 @@ def test_a_metric_that_is_reset_in_the_step_keeps_the_value_of_the_clean_pass():
 
     trainer(SharpnessAware(), max_epochs=1).fit(Resetting(), loader())
     assert all(torch.equal(clean, repeated) for clean, repeated in zip(seen[0::2], seen[1::2], strict=True))
+
+
+def test_gates_may_be_removed_in_any_order():
+    module = PlainModule()
+    gates = [QuietGate(module), QuietGate(module)]
+    for gate in gates:
+        gate.install()
+    for gate in gates:  # the first installed is hidden by the second
+        gate.remove()
+    assert not {"log", "log_dict"} & set(vars(module))
+    assert "forward" not in vars(module.train_acc)
 
 
 def test_description_and_passes():
