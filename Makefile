@@ -25,7 +25,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/demo ## set up .venv, train a standard and a robust model on real digits, print where the results are
-	@echo "==> lightning-robust run $(RECIPE)   (offline, CPU, less than three minutes on two cores)"
+	@echo "==> lightning-robust run $(RECIPE)   (offline, CPU, about a minute on two cores)"
 	@$(BIN)/lightning-robust run $(RECIPE)
 	@echo "==> results of this run: $$(ls -td runs/$(RECIPE)/*/ | sed -n 1p)"
 	@echo "    again, changed:      $(BIN)/lightning-robust run $(RECIPE) --help"

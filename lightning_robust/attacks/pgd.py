@@ -36,7 +36,7 @@ class PGD(Attack):
     Args:
         eps: radius of the ball in pixel units.
         norm: ``"linf"`` or ``"l2"``.
-        steps: number of steps; 0 returns the start.
+        steps: number of steps, at least 1.
         step_size: length of a step in pixel units; ``max(eps / 4, 2.5 * eps / steps)`` when ``None``.
         random_start: ``True`` or ``"uniform"``: uniform in the ball; ``"radial"``: a random direction times
             ``U(0, 1) * eps`` (the l2 start of Rice et al.); ``"normal"``: ``0.001 * N(0, 1)``, not clipped (the start
@@ -112,13 +112,13 @@ class PGD(Attack):
             seed=seed,
         )
         check_choice("norm", norm, tuple(NORMS))
-        check_integer("steps", steps, 0)
+        check_integer("steps", steps, 1)
         check_choice("random_start", random_start, (True, False, "none", "uniform", "normal", "radial"))
         check_choice("projection", projection, ("ball-box", "box-ball", "box"))
         if step_size is not None:
             check_non_negative("step_size", step_size)
         self.norm, self.steps, self.projection = norm, steps, projection
-        self.step_size = max(eps / 4, 2.5 * eps / max(steps, 1)) if step_size is None else step_size
+        self.step_size = max(eps / 4, 2.5 * eps / steps) if step_size is None else step_size
         self.random_start = random_start
         self._start: Start = {True: "uniform", False: "none"}.get(random_start, random_start)  # type: ignore
         self._start_radius = eps
@@ -134,8 +134,7 @@ class PGD(Attack):
             return x.clone()
         if self._start == "normal":
             noise = 0.001 * torch.empty_like(x).normal_(generator=generator)
-            # the projection of the first step would bring it into the budget
-            return x + self.space.from_pixels(noise) if self.steps else self.feasible(x, noise)
+            return x + self.space.from_pixels(noise)  # the projection of the first step brings it into the budget
         draw = self._norm.uniform if self._start == "uniform" else self._norm.radial
         return self.space.clip(x + self.space.from_pixels(draw(x, self._start_radius, generator)))
 

@@ -184,7 +184,7 @@ def test_same_starts_in_a_second_run_and_new_ones_per_batch():
     for _ in range(2):
         watch = Watch()
         torch.rand(3)
-        fit(PlainModule(lr=0.0), AdversarialTraining(PGD(eps=EPS, steps=0)), watch, max_epochs=2)
+        fit(PlainModule(lr=0.0), AdversarialTraining(PGD(eps=EPS, steps=1)), watch, max_epochs=2)
         runs.append([seen[0] - loaded[0] for seen, loaded in zip(watch.seen, watch.loaded, strict=True)])
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
     assert len({float(delta.sum()) for delta in runs[0]}) == 4
