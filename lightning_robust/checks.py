@@ -9,19 +9,19 @@ __all__ = ["check_choice", "check_in_range", "check_integer", "check_non_negativ
 
 def check_positive(name: str, value: float) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
+    if not (_is_number(value) and value > 0):
         raise ValueError(f"Expected `{name}` to be a finite number > 0 but got {value!r}.")
 
 
 def check_non_negative(name: str, value: float) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number that is zero or above."""
-    if not (math.isfinite(value) and value >= 0):
+    if not (_is_number(value) and value >= 0):
         raise ValueError(f"Expected `{name}` to be a finite number >= 0 but got {value!r}.")
 
 
 def check_in_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ``ValueError`` unless ``low <= value <= high``."""
-    if not low <= value <= high:
+    if not (_is_number(value) and low <= value <= high):
         raise ValueError(f"Expected `{name}` to be in [{low}, {high}] but got {value!r}.")
 
 
@@ -36,3 +36,7 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"Expected `{name}` to be one of {listed} but got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -48,7 +48,8 @@ class Problem:
         """Logits in at least float32.
 
         Raises:
-            ValueError: the model returned something else than ``[B, C]``, one logit only, or NaN or infinity.
+            ValueError: the model returned something else than ``[B, C]``, one logit only, or NaN or infinity; or the
+                targets are no classes of the model.
         """
         logits = self.model(x.to(self.dtype))
         if logits.ndim != 2 or len(logits) != len(x):
@@ -58,12 +59,24 @@ class Problem:
                 f"Expected one logit per class from the model but got {list(logits.shape)}; let a binary classifier "
                 "return two, for example torch.cat([torch.zeros_like(z), z], 1)."
             )
+        if self.check:
+            self._check_labels(logits.shape[1])
         if self.check and not logits.isfinite().all():
             raise ValueError(
                 "The attacked model returned NaN or infinite logits, which would pass for robustness; look for "
                 "diverged weights or overflow in half precision."
             )
         return full_precision(logits)
+
+    def _check_labels(self, classes: int) -> None:
+        if self.y.is_floating_point() or not len(self.y):
+            return
+        low, high = int(self.y.min()), int(self.y.max())
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"Expected labels to be in [0, {classes - 1}] for logits of {classes} classes but got labels from {low} "
+                f"to {high}; give the model a larger num_classes, or leave unlabelled samples out of attacked batches."
+            )
 
     def against_own_prediction(self) -> "Problem":
         """The same problem with the model's prediction for the clean images as reference; one forward pass."""

@@ -73,7 +73,8 @@ def _print(name: str, cli: RecipeCLI) -> None:
     pipeline = StepPipeline(cli.trainer, cli.model)
     console.print(f"{name} works. Its training step, outermost first:", style="bold", highlight=False)
     console.print(escape(pipeline.describe()), highlight=False)
-    console.print("Why in this order:", style="bold", highlight=False)
+    if pipeline.callbacks:
+        console.print("Why in this order:", style="bold", highlight=False)
     for stage, reason in pipeline.reasons().items():
         console.print(f"{stage:<9} {reason}", highlight=False, markup=False, soft_wrap=True)
     table = new_table()

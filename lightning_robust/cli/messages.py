@@ -6,6 +6,7 @@ The texts belong to jsonargparse and may change: one that is not recognised is p
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from lightning_robust.cli.catalog import class_names, constructor_parameters, find_class
@@ -40,12 +41,13 @@ def check_methods(config: dict[str, Any], changes: Sequence[str]) -> None:
         if isinstance(value, dict) and "class_path" not in value:
             wrong = next(iter(value), "nothing")
             raise UsageError(f"`methods.{name}` has no class_path, only `{wrong}`.", _METHOD_SHAPE)
-    for word in changes:
-        path, _, _ = word.partition("=")
+    for word, following in zip_longest(changes, changes[1:], fillvalue=""):
+        path, given, value = word.partition("=")
         parts = path.removeprefix("--").split(".")
         if not path.startswith("--methods.") or len(parts) < 2:
             continue
-        if len(parts) == 2:
+        removed = (value if given else following) == "null"
+        if len(parts) == 2 and not removed:
             names.add(parts[1])
         elif parts[1] not in names:
             raise UsageError(

@@ -188,3 +188,11 @@ def test_logits_without_a_way_back_to_the_images_are_refused(net, how, dtype):
     x, y = images(dtype=dtype)
     with pytest.raises(ValueError, match="No gradient reaches the images from the logits"):
         PGD(steps=1)(Changed(net.to(dtype), how), x, y)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "prob-margin", "kl"])
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range_are_refused(loss, label):
+    net = torch.nn.Linear(6, 4)
+    with pytest.raises(ValueError, match=r"Expected labels to be in \[0, 3\] for logits of 4 classes"):
+        PGD(steps=1, loss=loss)(net, torch.rand(2, 6), torch.tensor([0, label]))

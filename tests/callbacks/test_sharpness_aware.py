@@ -273,12 +273,19 @@ def test_optimizers_that_cannot_work_are_refused():
 
 
 def test_two_optimizers_are_refused():
-    class Two(ManualModule):
+    class Two(PlainModule):
         def configure_optimizers(self):
             return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.parameters(), lr=0.1)]
 
-    with pytest.raises(ValueError, match="needs automatic optimization, but Two steps its optimizers by hand"):
+    # by Lightning itself, whose advice leads to manual optimization, which we refuse with the alternative
+    with pytest.raises(RuntimeError, match="multiple optimizers is only supported with manual optimization"):
         fit(Two(), SharpnessAware())
+
+    class TwoByHand(ManualModule, Two):
+        configure_optimizers = Two.configure_optimizers
+
+    with pytest.raises(ValueError, match="needs automatic optimization, but TwoByHand steps its optimizers by hand"):
+        fit(TwoByHand(), SharpnessAware())
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])

@@ -73,6 +73,11 @@ CHANGES = [
         "Did you mean `sharpness`?",
     ),
     (
+        ["--methods.shrpness", "null"],
+        "--methods.shrpness: there is no method called `shrpness` in this recipe.",
+        "Did you mean `sharpness`?",
+    ),
+    (
         ["--methods.sharpness", "SharpnesAware"],
         "There is no class called `SharpnesAware` (in `methods`).",
         "Did you mean `SharpnessAware`",
