@@ -74,8 +74,8 @@ class Problem:
         low, high = int(self.y.min()), int(self.y.max())
         if low < 0 or high >= classes:
             raise ValueError(
-                f"Expected labels to be in [0, {classes - 1}] for logits of {classes} classes but got labels from {low} "
-                f"to {high}; give the model a larger num_classes, or leave unlabelled samples out of attacked batches."
+                f"Expected labels to be in [0, {classes - 1}] for logits of {classes} classes but got labels from "
+                f"{low} to {high}; give the model a larger num_classes, or leave unlabelled samples out of the batch."
             )
 
     def against_own_prediction(self) -> "Problem":
