@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking the logits out of a validation or test step at the moment it returns."""
 
-import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_robust.losses import full_precision
-from lightning_robust.training import LogitsCapture, LogitsFunction, LogitsNotCaptured
+from lightning_robust.training import LogitsCapture, LogitsFunction, LogitsNotCaptured, ReplacedMethod
 
 __all__ = ["EvaluationTap", "refuse_other_function"]
-
-_ABSENT = object()
 
 
 class EvaluationTap:
@@ -33,46 +33,35 @@ class EvaluationTap:
         self._step = step
         self._capture = LogitsCapture(pl_module, logits_from)
         self._taken: Tensor | LogitsNotCaptured | None = None
-        self._hidden: Any = None
-        self._wrapper: Any = None  # None: not attached
+        self._watched: _WatchedStep | None = None
 
     def attach(self) -> None:
         """Start watching."""
-        inner = getattr(self._module, self._step)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            if self._wrapper is None:  # below the wrapper of somebody who came later
-                return inner(*args, **kwargs)
-            self._capture.clear()
-            output = inner(*args, **kwargs)
-            try:
-                self._taken = self._capture.take(output).detach()
-            except LogitsNotCaptured as error:  # raised where the logits are asked for
-                self._taken = error
-            self._capture.clear()
-            return output
-
-        # Lightning reads the parameter names of the step one level deep
-        step.__wrapped__ = inspect.unwrap(inner)  # type: ignore[attr-defined]
-        step.tap = self  # type: ignore[attr-defined]
         self._capture.attach()
-        self._hidden = vars(self._module).get(self._step, _ABSENT)
-        self._wrapper = vars(self._module)[self._step] = step
+        self._watched = _WatchedStep(self, self._module, self._step)
 
     def detach(self) -> None:
         """Give the module its own step back; doing so twice is harmless."""
         self._capture.detach()
         self._taken = None
-        wrapper, self._wrapper = self._wrapper, None
-        if wrapper is None or vars(self._module).get(self._step) is not wrapper:
-            return  # another wrapper hides ours, which only passes calls on from now
-        hidden = self._hidden
-        while isinstance(tap := getattr(hidden, "tap", None), EvaluationTap) and tap._wrapper is None:
-            hidden = tap._hidden
-        if hidden is _ABSENT:
-            del vars(self._module)[self._step]
-        else:
-            vars(self._module)[self._step] = hidden
+        if self._watched is not None:
+            self._watched.remove()
+            self._watched = None
+
+    def watch(self, run: Callable[[], Any]) -> Any:
+        """Run a step and keep its logits.
+
+        Args:
+            run: runs the step.
+        """
+        self._capture.clear()
+        output = run()
+        try:
+            self._taken = self._capture.take(output).detach()
+        except LogitsNotCaptured as error:  # raised where the logits are asked for
+            self._taken = error
+        self._capture.clear()
+        return output
 
     def take(self) -> Tensor:
         """The logits of the last step, once.
@@ -85,6 +74,18 @@ class EvaluationTap:
         if isinstance(taken, LogitsNotCaptured):
             raise taken
         return taken
+
+
+class _WatchedStep(ReplacedMethod):
+    """What hides the module's step."""
+
+    def __init__(self, tap: EvaluationTap, module: L.LightningModule, step: str) -> None:
+        super().__init__(module, step)
+        self._tap = tap
+
+    @override
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tap.watch(partial(self.inner, *args, **kwargs))
 
 
 def refuse_other_function(tap: EvaluationTap, function: LogitsFunction, x: Tensor) -> None:

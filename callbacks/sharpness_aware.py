@@ -122,7 +122,8 @@ class SharpnessAware(StepCallback):
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
-        before = RandomState.capture(context.devices)
+        devices = context.devices if self.replay else set()
+        before = RandomState.capture(devices) if self.replay else None
         repeatable = RepeatableBatch(batch)
         output = run(repeatable.fresh())
         loss = loss_of(output)
@@ -131,7 +132,7 @@ class SharpnessAware(StepCallback):
         if self._first_step:
             _refuse_hidden_gradients(loss)
             self._first_step = False
-        after = RandomState.capture(context.devices)
+        after = RandomState.capture(devices) if self.replay else None
         weights = Weights.of(context.trainer.optimizers[0], context.pl_module)
         gradients, bystanders = self._clean_gradients(context, loss, weights)
         weights = weights.subset([id(tensor) in gradients for tensor in weights.tensors])
@@ -141,7 +142,7 @@ class SharpnessAware(StepCallback):
             nonlocal gap
             # autocast keeps low-precision copies of weights; they belong to the values before the move
             torch.clear_autocast_cache()
-            with context.repeated_pass(before if self.replay else None):
+            with context.repeated_pass(before):
                 moved = loss_of(run(repeatable.fresh()))
                 if moved is None:
                     raise RuntimeError(
@@ -156,7 +157,7 @@ class SharpnessAware(StepCallback):
             direction = sharp_direction(self.method, weights, list(gradients.values()), gradient_here, self._backup)
         finally:
             torch.clear_autocast_cache()
-            if self.replay:
+            if after is not None:
                 after.restore()
         if self.log_gap:
             context.log("train/sharpness_gap", gap)

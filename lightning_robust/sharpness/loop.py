@@ -59,9 +59,9 @@ def sharp_backward(
     if not len(weights):
         raise ValueError("No trainable parameter was given, so there is nothing to perturb.")
     devices = {tensor.device for tensor in weights.tensors}
-    state = RandomState.capture(devices)
+    state = RandomState.capture(devices) if replay else None
     loss = closure()
-    after = RandomState.capture(devices)
+    after = RandomState.capture(devices) if replay else None
     found = _gradients(loss, weights.tensors, unused=True)
     used = [gradient is not None for gradient in found]
     if not any(used):
@@ -73,7 +73,7 @@ def sharp_backward(
         with ExitStack() as stack:
             if module is not None:
                 stack.enter_context(buffers_restored(module))
-            if replay:
+            if state is not None:
                 state.restore()
             # autocast keeps low-precision copies of weights; they belong to the values before the move
             torch.clear_autocast_cache()
@@ -84,7 +84,7 @@ def sharp_backward(
         direction = sharp_direction(method, weights, gradients, gradient_here, WeightBackup())
     finally:
         torch.clear_autocast_cache()
-        if replay:
+        if after is not None:
             after.restore()
     backward(inject_gradients(loss, weights.tensors, direction))
     return loss.detach()

@@ -7,6 +7,7 @@ from lightning_robust.training.context import RunStep, StepContext, derive_seed
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction, LogitsNotCaptured
 from lightning_robust.training.pipeline import StepPipeline
 from lightning_robust.training.quiet import QuietGate
+from lightning_robust.training.replaced import ReplacedMethod
 from lightning_robust.training.stages import REASONS, Stage
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LogitsNotCaptured",
     "QuietGate",
     "RepeatableBatch",
+    "ReplacedMethod",
     "RunStep",
     "Stage",
     "StepCallback",

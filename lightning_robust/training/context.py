@@ -64,12 +64,16 @@ class StepContext:
         self.batch_as_loaded = batch
         self.current_batch = batch
         self.passes = 0
-        self.devices = module_devices(pl_module)
         self._captures = captures
         self._gate = gate
         self._seed = seed
         self._core: RunStep | None = None
         self._output: Any = None
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Devices that hold parameters of the module."""
+        return module_devices(self.pl_module)
 
     def logits(self, callback: "StepCallback") -> Tensor:
         """Logits ``[B, C]`` of the innermost step's last pass, with their graph."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step pipeline: the one wrapper around ``training_step`` that all step callbacks share."""
 
-import inspect
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from typing_extensions import override
 
 from lightning_robust.training.context import RunStep, StepContext
 from lightning_robust.training.logits import LogitsCapture
 from lightning_robust.training.quiet import QuietGate
+from lightning_robust.training.replaced import ReplacedMethod
 from lightning_robust.training.stages import REASONS, Stage
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class StepPipeline:
         self.callbacks = sorted(step_callbacks(trainer), key=lambda callback: _ORDER[callback.stage])
         self._gate = QuietGate(pl_module)
         self._captures: dict[str | None, LogitsCapture] = {}
-        self._original: Any = None  # the attribute that the wrapper hides; _CLASS when the class's method is used
+        self._step: _WrappedStep | None = None
         self._installed = False
         self._seed = ""
         self._refuse_conflicts()
@@ -83,8 +84,7 @@ class StepPipeline:
         for name in {callback.logits_from for callback in self.callbacks if callback.needs_logits}:
             self._captures[name] = LogitsCapture(module, name, needs_grad=True)
             self._captures[name].attach()
-        self._original = vars(module).get("training_step", _CLASS)
-        vars(module)["training_step"] = _WrappedStep(self, module.training_step)
+        self._step = _WrappedStep(self)
         rank_zero_info("Training step, outermost first:\n" + self.describe())
 
     def remove(self) -> None:
@@ -92,10 +92,9 @@ class StepPipeline:
         if not self._installed:
             return
         self._installed = False
-        if self._original is _CLASS:
-            vars(self.pl_module).pop("training_step", None)
-        elif self._original is not None:
-            vars(self.pl_module)["training_step"] = self._original
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
         for capture in self._captures.values():
             capture.detach()
         self._captures.clear()
@@ -134,29 +133,22 @@ class StepPipeline:
             )
 
 
-class _WrappedStep:
-    """What hides the module's ``training_step``. A copy of the module gets its own step instead."""
+class _WrappedStep(ReplacedMethod):
+    """What hides the module's ``training_step``."""
 
-    def __init__(self, pipeline: StepPipeline, inner: RunStep) -> None:
+    def __init__(self, pipeline: StepPipeline) -> None:
+        super().__init__(pipeline.pl_module, "training_step")
         self.pipeline = pipeline
-        self._inner = inner
-        # Lightning reads the parameter names of the step one level deep, and drops the first of a bound method.
-        self.__wrapped__ = inspect.unwrap(inner)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pipeline.run(self._inner, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
-        return getattr, (self.pipeline.pl_module, "training_step")
+    @override
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipeline.run(self.inner, *args, **kwargs)
 
 
 def _take_off(module: L.LightningModule) -> None:
     step = vars(module).get("training_step")
     if isinstance(step, _WrappedStep):
         step.pipeline.remove()
-
-
-_CLASS = object()
 
 
 def step_callbacks(trainer: L.Trainer) -> list["StepCallback"]:

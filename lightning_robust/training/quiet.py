@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One switch that keeps repeated forward passes out of logs and metrics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
+
+from lightning_robust.training.replaced import ReplacedMethod
 
 __all__ = ["QuietGate"]
 
@@ -63,46 +66,28 @@ class QuietGate:
                     self._replace(metric, name)
 
     def _replace(self, owner: Any, name: str) -> None:
-        gated = _Gated(self, owner, name)
-        self._replaced.append(gated)
-        vars(owner)[name] = gated
+        self._replaced.append(_Gated(self, owner, name))
 
 
-class _Gated:
-    """One replaced method. A copy of its owner gets its own method instead of this."""
+class _Gated(ReplacedMethod):
+    """A method that can be silenced."""
 
     def __init__(self, gate: QuietGate, owner: Any, name: str) -> None:
-        self.owner = owner
-        self.name = name
+        super().__init__(owner, name)
         self._gate = gate
-        self._hidden = vars(owner).get(name, _ABSENT)
         self._last: Any = None
-        self._removed = False
-        self.__wrapped__ = getattr(owner, name)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    @override
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         if not self._gate.quiet:
-            self._last = self.__wrapped__(*args, **kwargs)
+            self._last = self.inner(*args, **kwargs)
         return self._last
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
-        return getattr, (self.owner, self.name)
 
-    def remove(self) -> None:
-        self._removed = True
-        if vars(self.owner).get(self.name) is not self:
-            return  # another gate stands over this one and takes it along when it goes
-        hidden = self._hidden
-        while isinstance(hidden, _Gated) and hidden._removed:
-            hidden = hidden._hidden
-        if hidden is _ABSENT:
-            del vars(self.owner)[self.name]
-        else:
-            vars(self.owner)[self.name] = hidden
-
-
-_ABSENT = object()
 _CONTAINERS = (list, tuple, set, dict)
 
 

@@ -1,17 +1,12 @@
 """Attacks in two processes."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from lightning_robust.callbacks import RobustnessMonitor
 from support.ddp_attacked import LIMIT, attack
 from support.modules import PlainModule, loader, trainer
+from support.ranks import launch
 
 pytestmark = pytest.mark.slow
 
@@ -19,32 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "OMP_NUM_THREADS": "1",
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.ddp_attacked", str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=280)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    outputs = launch("-m", "support.ddp_attacked", str(folder))
     # Lightning warns about values that are logged unreduced; PlainModule's own are named without a slash
     assert not any(f"self.log('{ours}/" in output for output in outputs for ours in ("train", "val"))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -1,14 +1,10 @@
 """Two processes: different training samples, and every evaluation sample exactly once."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from lightning_robust.models import ImageClassifier
+from support.ranks import launch
 
 pytestmark = pytest.mark.slow
 
@@ -62,24 +58,7 @@ torch.save({"seen": {key: value for key, value in seen.batches.items()}, "metric
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "script.py").write_text(SCRIPT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    launch(str(folder / "script.py"), str(folder), cwd=folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,19 +1,12 @@
 """Two-process DDP: both ranks agree, and equal a loop that averages the ranks' own gradients."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from support.ddp_matrix import CASES, WORLD, build
 from support.modules import Images
+from support.ranks import launch
 from support.reference import METHODS, SEED, train
-
-TESTS = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]  # one launch serves all of them
 
@@ -22,24 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]  # one launch se
 def states(tmp_path_factory):
     """Weights of every case and rank, from one launch."""
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "PYTHONPATH": str(TESTS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "test"}
-    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(WORLD)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "support.ddp_matrix", str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    outputs = [process.communicate(timeout=280)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
+    launch("-m", "support.ddp_matrix", str(folder))
     return {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(WORLD)] for name in CASES
     }

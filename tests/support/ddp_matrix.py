@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 from lightning_robust.callbacks import SharpnessAware
 from lightning_robust.sharpness import SAM, sharp_backward
 from support.modules import Images, PlainModule, trainer
+from support.ranks import WORLD
 from support.reference import METHODS, SEED
-
-WORLD = 2
 
 
 class Stochastic(PlainModule):
