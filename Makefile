@@ -19,10 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two test processes on two cores: more threads per process only fight for the same cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test lint format types docs wheel-test conformance tree setup clean clean-all
+.PHONY: help demo test lint format types docs wheel-test conformance compatibility tree setup clean clean-all
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/demo ## set up .venv, train a standard and a robust model on real digits, print where the results are
 	@echo "==> lightning-robust run $(RECIPE)   (offline, CPU, about a minute on two cores)"
@@ -36,6 +36,10 @@ test: $(STAMPS)/test ## set up .venv, run the whole test-suite on JOBS=2 process
 
 conformance: $(STAMPS)/test ## compare with recorded values of the papers' code: make conformance GOLDEN=DIR
 	@$(TEST_ENV) $(BIN)/pytest tests/conformance $(if $(GOLDEN),--golden $(GOLDEN)) -q
+
+compatibility: $(STAMPS)/test ## run the Trainer matrix and write docs/compatibility.json, the table of the documentation
+	@$(TEST_ENV) $(BIN)/pytest tests/integration -n $(JOBS) --dist loadgroup -q \
+		--record-compatibility docs/compatibility.json
 
 lint: $(STAMPS)/dev ## ruff: style rules and formatting
 	@echo "==> ruff check, ruff format --check"

@@ -4,19 +4,29 @@
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining
 from lightning_robust.callbacks.calibration_monitor import CalibrationMonitor
 from lightning_robust.callbacks.distillation import Distillation
+from lightning_robust.callbacks.layer_aware_perturbation import LayerAwarePerturbation
 from lightning_robust.callbacks.logit_regularization import LogitRegularization
+from lightning_robust.callbacks.mesa import MESA
 from lightning_robust.callbacks.objective_training import ObjectiveTraining
+from lightning_robust.callbacks.orthogonal_gradient import OrthogonalGradient
 from lightning_robust.callbacks.robustness_monitor import RobustnessMonitor
+from lightning_robust.callbacks.saf import SAF
 from lightning_robust.callbacks.seeded_steps import SeededSteps
 from lightning_robust.callbacks.sharpness_aware import SharpnessAware
+from lightning_robust.callbacks.sharpness_monitor import SharpnessMonitor
 
 __all__ = [
+    "MESA",
+    "SAF",
     "AdversarialTraining",
     "CalibrationMonitor",
     "Distillation",
+    "LayerAwarePerturbation",
     "LogitRegularization",
     "ObjectiveTraining",
+    "OrthogonalGradient",
     "RobustnessMonitor",
     "SeededSteps",
     "SharpnessAware",
+    "SharpnessMonitor",
 ]

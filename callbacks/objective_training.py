@@ -92,7 +92,7 @@ class ObjectiveTraining(StepCallback):
             output = self.objective(model, prepared)
             for name, value in {"loss": output.loss, **output.logs}.items():
                 context.log(f"train/{name}", value, batch_size=len(x), prog_bar=name == "loss")
-            return {"loss": output.loss, "logits": output.logits}
+            return {"loss": output.loss, "logits": output.logits, "sample_losses": output.sample_losses}
 
         context.replace_core(step)
         return run(batch)

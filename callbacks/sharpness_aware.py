@@ -1,29 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharpness-aware training of any LightningModule."""
 
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_robust.guards import RandomState
+from lightning_robust.checks import check_in_range, check_integer
 from lightning_robust.sharpness import (
     SAM,
+    Evaluation,
     Gradients,
+    ParameterSelection,
+    PendingMoves,
     SharpnessMethod,
+    SharpStep,
     WeightBackup,
     Weights,
+    average_over_processes,
+    hides_gradients,
     inject_gradients,
-    own_memory,
-    parameter_hooks_off,
-    sharp_direction,
+    reshard,
 )
-from lightning_robust.training import RepeatableBatch, RunStep, Stage, StepCallback, StepContext, loss_of, replace_loss
+from lightning_robust.training import (
+    BatchAdapter,
+    RepeatableBatch,
+    RunStep,
+    Stage,
+    StepCallback,
+    StepContext,
+    loss_of,
+    replace_loss,
+)
 
 __all__ = ["SharpnessAware"]
+
+_MEMORY = "lightning_robust.SharpnessAware"  # entry of a checkpoint
 
 
 class SharpnessAware(StepCallback):
@@ -41,21 +60,38 @@ class SharpnessAware(StepCallback):
     The ascent belongs to one micro-batch on one device (m-sharpness): the result is the mean over devices and
     accumulated batches of each one's sharpness-aware gradient, so it changes with their number.
 
+    Most methods count the pass at the unperturbed weights. Those that are published otherwise (AWP, RWP), and any
+    method with an ``ascent_fraction`` below 1, count the pass at the perturbed weights: it logs, moves BatchNorm
+    statistics and gives the value of the loss.
+
+    What a method remembers is saved in checkpoints and resumed. Processes exchange it, so that all remember the same.
+
     Cost: ``1 + method.extra_passes`` forward + backward passes per step; one copy of the weights and one of the
     gradients in memory.
 
     Args:
         method: the rule, ``SAM(rho=0.05)`` when ``None``.
+        perturb: which weights are perturbed; the method's own choice when ``None``, which is all of them for most.
+        every_n_steps: only every n-th optimizer step is sharpness-aware, the others are plain.
+        start_epoch: epochs before this one are plain.
+        ascent_fraction: part of each batch, its first samples, that leads the ascent; below 1 the ascent is cheaper and
+            the counted pass is the one at the perturbed weights, the only one that sees the whole batch.
         replay: extra passes see the random numbers (dropout masks, draws) of the first; ``False`` draws fresh ones, as
             the common PyTorch ports do.
         sync_ascent: average every gradient over the processes, so that two processes with half batches take the step
             of one process; ``False``, as in the paper's code, keeps the ascent local.
-        log_gap: log ``train/sharpness_gap``, the loss at the last evaluated point minus the clean loss.
+        log_gap: log ``train/sharpness_gap``, the loss at the last evaluated point minus the clean loss, where both are
+            known.
+        logits_from: dotted name of the sub-module whose output is the logits, for methods that read the losses of
+            single samples; found by itself when ``None``.
+        batch: how to read samples and targets from a batch; the usual forms are understood when ``None``.
 
     Raises:
-        ValueError: at setup, for manual optimization, sharded strategies, a second sharpness callback, LBFGS or an
-            optimizer that is itself sharpness-aware.
-        RuntimeError: in the first step, for re-entrant activation checkpointing, which hides gradients.
+        ValueError: at setup, for manual optimization, sharded strategies, a second sharpness callback, an optimizer
+            that evaluates its closure repeatedly (LBFGS), needs second derivatives (AdaHessian) or is itself
+            sharpness-aware, and for an ``ascent_fraction`` that the method or an objective cannot have.
+        RuntimeError: in the first step, for re-entrant activation checkpointing under DDP with ``static_graph`` or
+            ``find_unused_parameters``; in its backward, for ``create_graph=True``.
 
     References:
         See the method, for example :class:`~lightning_robust.sharpness.SAM`.
@@ -74,32 +110,64 @@ class SharpnessAware(StepCallback):
         self,
         method: SharpnessMethod | None = None,
         *,
+        perturb: ParameterSelection | None = None,
+        every_n_steps: int = 1,
+        start_epoch: int = 0,
+        ascent_fraction: float = 1.0,
         replay: bool = True,
         sync_ascent: bool = False,
         log_gap: bool = True,
+        logits_from: str | None = None,
+        batch: BatchAdapter | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(logits_from=logits_from, batch=batch)
+        check_integer("every_n_steps", every_n_steps, 1)
+        check_integer("start_epoch", start_epoch, 0)
+        check_in_range("ascent_fraction", ascent_fraction, 0.0, 1.0)
         self.method = method if method is not None else SAM()
+        if ascent_fraction < 1 and not self.method.ascent_only:
+            raise ValueError(
+                f"{type(self.method).__name__} uses the clean gradient for more than the ascent, so it must be that of "
+                f"the whole batch; leave ascent_fraction at 1 instead of {ascent_fraction}."
+            )
+        if ascent_fraction == 0:
+            raise ValueError("Expected `ascent_fraction` to be > 0 but got 0; no sample would lead the ascent.")
+        self.perturb = perturb
+        self.every_n_steps = every_n_steps
+        self.start_epoch = start_epoch
+        self.ascent_fraction = ascent_fraction
         self.replay = replay
         self.sync_ascent = sync_ascent
         self.log_gap = log_gap
+        self.needs_logits = self.method.needs_sample_losses
         self._backup = WeightBackup()
-        self._first_step = True
+        self._moves: PendingMoves | None = None
+        self._hidden: bool | None = None  # whether the step hides gradients; found out in the first one
 
     @override
     def passes(self, inner: float) -> float:
-        return inner * (1 + self.method.extra_passes)
+        extra = self.method.extra_passes
+        return inner * (1 + extra * self.ascent_fraction / self.every_n_steps)
 
     @override
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().check(trainer, pl_module)
+        self.method.reset()  # a resumed fit gets its memory back right after setup
         # by name: the classes exist twice, in `lightning` and in `pytorch_lightning`
         strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
+        if "ModelParallelStrategy" in strategies:
+            self._check_shards()
+        elif "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
             name = type(trainer.strategy).__name__
             raise ValueError(
                 f"SharpnessAware perturbs whole weights, which {name} does not keep on one device; "
-                'use strategy="ddp" or a single device.'
+                'use strategy="ddp", a single device, or ModelParallelStrategy with fully_shard.'
+            )
+        rivals = [cb for cb in trainer.callbacks if getattr(cb, "stage", None) is Stage.OBJECTIVE]  # type: ignore[attr-defined]
+        if rivals and self.ascent_fraction < 1:
+            raise ValueError(
+                f"{type(rivals[0]).__name__} prepares whole batches, so no part of one can lead the ascent; leave "
+                "ascent_fraction at 1, or use every_n_steps to save passes."
             )
         if trainer.precision in ("bf16-true", "16-true"):
             rank_zero_warn(
@@ -107,125 +175,242 @@ class SharpnessAware(StepCallback):
                 'prefer "bf16-mixed".'
             )
 
+    def _check_shards(self) -> None:
+        if not self.method.sharded:
+            raise ValueError(
+                f"{type(self.method).__name__} cannot work on parameters in shards; use SAM, ASAM, GSAM or GAM, or "
+                'strategy="ddp".'
+            )
+        if not self.sync_ascent:
+            raise ValueError(
+                "With ModelParallelStrategy there are only gradients of all processes together, so the ascent is "
+                'theirs; say so by sync_ascent=True, or use strategy="ddp" for one ascent per process.'
+            )
+
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_step = True
+        self._hidden = None
         optimizer = trainer.optimizers[0]
-        name = type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("SharpnessAware cannot be combined with LBFGS, which evaluates its closure repeatedly.")
-        if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
-            raise ValueError(
-                f"{name} is itself sharpness-aware; return its base optimizer from configure_optimizers and leave the "
-                "perturbation to this callback."
-            )
+        refuse_optimizer(optimizer)
+        self.method.check_optimizer(optimizer)
+        if self.method.moves_after_step:
+            self._moves = PendingMoves(optimizer, average_over_processes)
+
+    @override
+    def on_pipeline_end(self) -> None:
+        if self._moves is not None:
+            self._moves.close()
+            self._moves = None
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
-        devices = context.devices if self.replay else set()
-        before = RandomState.capture(devices) if self.replay else None
-        repeatable = RepeatableBatch(batch)
-        output = run(repeatable.fresh())
-        loss = loss_of(output)
-        if loss is None or not loss.requires_grad:
-            return output
-        if self._first_step:
-            _refuse_hidden_gradients(loss)
-            self._first_step = False
-        after = RandomState.capture(devices) if self.replay else None
-        weights = Weights.of(context.trainer.optimizers[0], context.pl_module)
-        gradients, bystanders = self._clean_gradients(context, loss, weights)
-        weights = weights.subset([id(tensor) in gradients for tensor in weights.tensors])
-        gap = loss.detach()
+        trainer = context.trainer
+        if trainer.current_epoch < self.start_epoch or trainer.global_step % self.every_n_steps:
+            return run(batch)
+        step = self.make_step(context, batch, run)
+        taken = step.run()
+        if taken is None or step.counted_loss is None:
+            return step.output
+        if self.log_gap and step.clean_loss is not None and step.moved_loss is not None:
+            context.log("train/sharpness_gap", step.moved_loss - step.clean_loss)
+        return replace_loss(step.output, inject_gradients(step.counted_loss, *taken))
 
-        def gradient_here() -> Gradients:
-            nonlocal gap
-            # autocast keeps low-precision copies of weights; they belong to the values before the move
-            torch.clear_autocast_cache()
-            with context.repeated_pass(before):
-                moved = loss_of(run(repeatable.fresh()))
-                if moved is None:
-                    raise RuntimeError(
-                        "training_step returned a loss at first and None when evaluated again on the same batch; a "
-                        "sharpness-aware step needs the loss of the same batch at other weights."
-                    )
-                gap = moved.detach() - loss.detach()
-                found = self._gradients(context, moved, weights.tensors)
-                return [gradient for gradient in found if gradient is not None]
+    def make_step(self, context: StepContext, batch: Any, run: RunStep) -> "TrainerStep":
+        """What runs the passes of one step.
 
-        try:
-            direction = sharp_direction(self.method, weights, list(gradients.values()), gradient_here, self._backup)
-        finally:
-            torch.clear_autocast_cache()
-            if after is not None:
-                after.restore()
-        if self.log_gap:
-            context.log("train/sharpness_gap", gap)
-        injected = inject_gradients(
-            loss, [*weights.tensors, *(tensor for tensor, _ in bystanders)], [*direction, *(g for _, g in bystanders)]
-        )
-        return replace_loss(output, injected)
-
-    def _clean_gradients(
-        self, context: StepContext, loss: Tensor, weights: Weights
-    ) -> tuple[dict[int, Tensor], list[tuple[Tensor, Tensor]]]:
-        """Gradients of the optimized weights by identity, and of trainable parameters that no optimizer holds.
-
-        The latter are neither perturbed nor stepped, but DDP waits for their gradients.
+        Args:
+            context: the step.
+            batch: the batch as the stages further out made it.
+            run: runs everything further inside.
         """
-        held = {id(tensor) for tensor in weights.tensors}
-        others = [p for p in context.pl_module.parameters() if p.requires_grad and id(p) not in held]
-        tensors = [*weights.tensors, *others]
-        found = self._gradients(context, loss, tensors, unused=True)
-        pairs = [(tensor, gradient) for tensor, gradient in zip(tensors, found, strict=True) if gradient is not None]
-        ours = {id(tensor): gradient for tensor, gradient in pairs if id(tensor) in held}
-        if _scaler(context.trainer) is not None and ours:
-            # An overflow leaves no usable ascent: no perturbation, and the overflow of the next pass is the scaler's.
-            overflow = ~torch.stack([gradient.isfinite().all() for gradient in ours.values()]).all()
-            for gradient in ours.values():
-                gradient.masked_fill_(overflow, 0.0)
-        return ours, [(tensor, gradient) for tensor, gradient in pairs if id(tensor) not in held]
+        return TrainerStep(self, context, batch, run)
 
-    def _gradients(
-        self, context: StepContext, loss: Tensor, tensors: list[Tensor], unused: bool = False
-    ) -> list[Tensor | None]:
-        """Gradients outside autocast, of the scaled loss where the run scales losses, and back in its units.
+    # Not the callback's state_dict: with it Lightning refuses a second SharpnessAware before we can say why.
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        memory = self.method.state_dict()
+        if memory:
+            checkpoint[_MEMORY] = {"method": type(self.method).__name__, "memory": memory}
 
-        With ``unused``, parameters that took no part have none; else they have zeros.
-        """
-        scaler = _scaler(context.trainer)
-        scaled = loss if scaler is None else scaler.scale(loss)
-        synced = self.sync_ascent and context.trainer.world_size > 1
-        with torch.autocast(loss.device.type, enabled=False), parameter_hooks_off(tensors):
-            # processes may differ in what took part, and must reduce the same tensors
-            found = own_memory(
-                torch.autograd.grad(scaled, tensors, allow_unused=True, materialize_grads=synced or not unused)
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(_MEMORY)
+        if saved is None or trainer.state.fn != "fit":
+            return
+        name = type(self.method).__name__
+        if saved["method"] != name:
+            raise ValueError(
+                f"The checkpoint was trained with {saved['method']}, whose memory {name} cannot continue; resume with "
+                "the same method, or start a new fit from the weights."
             )
+        self.method.load_state_dict(saved["memory"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_moves": None}
+
+
+class TrainerStep(SharpStep):
+    """Passes are runs of everything further inside the training step."""
+
+    def __init__(self, callback: SharpnessAware, context: StepContext, batch: Any, run: RunStep) -> None:
+        method = callback.method
+        reshard(context.pl_module)  # gathered copies stand in the place of the parameters
+        weights = Weights.of(context.trainer.optimizers[0], context.pl_module)
+        held = {id(tensor) for tensor in weights.tensors}
+        super().__init__(
+            method,
+            (callback.perturb if callback.perturb is not None else method.default_parameters()).apply(weights),
+            backup=callback._backup,
+            replay=callback.replay,
+            devices=context.devices if callback.replay else (),
+            module=context.pl_module,
+            # neither perturbed nor stepped, but DDP waits for their gradients
+            bystanders=[p for p in context.pl_module.parameters() if p.requires_grad and id(p) not in held],
+            ascent_apart=callback.ascent_fraction < 1,
+        )
+        self.output: Any = None
+        self._callback = callback
+        self._context = context
+        self._batch = RepeatableBatch(batch)
+        self._run_inside = run
+        self._scaler = getattr(context.trainer.precision_plugin, "scaler", None)
+        self._overflow: Tensor | None = None
+        several = context.trainer.world_size > 1
+        self._synced = several and callback.sync_ascent
+        # processes may differ in what took part, and must reduce the same tensors
+        self._complete = several and (callback.sync_ascent or method.collective)
+
+    @property
+    @override
+    def optimizer(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self._context.trainer.optimizers[0]
+        return optimizer
+
+    @override
+    def evaluate(self, *, counted: bool, ascent: bool) -> Evaluation | None:
+        batch = self.batch_for(ascent=ascent)
+        output = self._run_inside(batch)
+        if counted:
+            self.output = output
+        loss = loss_of(output)
+        if loss is None:
+            return None
+        return Evaluation(loss, lambda: self._sample_losses(output, batch))
+
+    def batch_for(self, *, ascent: bool) -> Any:
+        """The batch of one pass.
+
+        Args:
+            ascent: whether the pass leads the ascent.
+        """
+        batch = self._batch.fresh()
+        if not (ascent and self.ascent_apart):
+            return batch
+        adapter = self._callback.batch
+        return adapter.first(batch, -int(-self._callback.ascent_fraction * len(adapter.input_of(batch)) // 1))
+
+    @override
+    def uncounted(self, *, restore_buffers: bool) -> AbstractContextManager[None]:
+        return self._context.uncounted_pass(restore_buffers=restore_buffers)
+
+    @override
+    def gradients(self, loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
+        """Gradients outside autocast, of the scaled loss where the run scales losses, and back in its units."""
+        if self._callback._hidden is None:
+            self._callback._hidden = not self.sharded and self._hides(loss)
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        with torch.autocast(loss.device.type, enabled=False):
+            found = self.take(scaled, tensors, hidden=self._callback._hidden)
+        if self._complete:
+            inputs = {id(tensor) for tensor in self.inputs}
+            found = [
+                torch.zeros_like(tensor) if gradient is None and id(tensor) not in inputs else gradient
+                for tensor, gradient in zip(tensors, found, strict=True)
+            ]
         present = [gradient for gradient in found if gradient is not None]
-        if scaler is not None:
-            torch._foreach_mul_(present, 1.0 / scaler.scale(torch.ones_like(loss, dtype=torch.float32)))
-        if synced:
-            for gradient in present:
-                torch.distributed.all_reduce(gradient)
-            torch._foreach_div_(present, context.trainer.world_size)
+        if self._scaler is not None and present:
+            torch._foreach_mul_(present, 1.0 / self._scaler.scale(torch.ones_like(loss, dtype=torch.float32)))
+        if self._synced:
+            average_over_processes(present)
         return found
 
+    @override
+    def ready_for_ascent(self, gradients: Gradients) -> Gradients:
+        if self._scaler is not None:
+            # An overflow leaves no usable ascent: no perturbation, and the step is handed to the scaler to be skipped.
+            self._overflow = ~torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+            for gradient in gradients:
+                gradient.masked_fill_(self._overflow, 0.0)
+        return gradients
 
-def _scaler(trainer: L.Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
+    @override
+    def run(self) -> tuple[list[Tensor], Gradients] | None:
+        taken = super().run()
+        if taken is not None and self._overflow is not None:
+            taken[1][0].masked_fill_(self._overflow, torch.nan)
+        return taken
+
+    @override
+    def clock(self) -> tuple[int, int]:
+        trainer = self._context.trainer
+        total = trainer.estimated_stepping_batches
+        return trainer.global_step, -1 if total == float("inf") else int(total)
+
+    @override
+    def average(self, tensors: list[Tensor]) -> None:
+        average_over_processes(tensors)
+
+    @override
+    def moves(self) -> PendingMoves:
+        moves = self._callback._moves
+        assert moves is not None, "made at the start for every method that says moves_after_step"
+        moves.begin(self._context.trainer.global_step, 1.0 / self._context.trainer.accumulate_grad_batches)
+        return moves
+
+    def _sample_losses(self, output: Any, batch: Any) -> Tensor:
+        if isinstance(output, Mapping) and "sample_losses" in output:
+            losses: Tensor | None = output["sample_losses"]
+            if losses is None:
+                raise ValueError(
+                    f"{type(self.method).__name__} reads the losses of single samples, which this objective does not "
+                    "know; leave its criterion at the default, or use a method that reads the whole loss, AWP say."
+                )
+            return losses
+        logits = self._context.logits(self._callback)
+        return F.cross_entropy(logits.float(), self._callback.batch.target_of(batch), reduction="none")
+
+    def _hides(self, loss: Tensor) -> bool:
+        hidden = hides_gradients(loss)
+        wrapper = self._context.trainer.model
+        if hidden and isinstance(wrapper, torch.nn.parallel.DistributedDataParallel):
+            for option in ("static_graph", "find_unused_parameters"):
+                if getattr(wrapper, option, False):
+                    raise RuntimeError(
+                        f"Re-entrant activation checkpointing cannot be combined with DDP's {option}=True in "
+                        "sharpness-aware training; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                    )
+        return hidden
 
 
-def _refuse_hidden_gradients(loss: Tensor) -> None:
-    pending: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith("CheckpointFunctionBackward"):
-            raise RuntimeError(
-                "The step uses re-entrant activation checkpointing, which hides gradients from sharpness-aware "
-                "training; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        pending.extend(following for following, _ in node.next_functions)
+def refuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ``ValueError`` for an optimizer that cannot work with ready-made gradients.
+
+    Args:
+        optimizer: the base optimizer.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("SharpnessAware cannot be combined with LBFGS, which evaluates its closure repeatedly.")
+    if re.search("hessian|sophia", name, re.IGNORECASE):
+        raise ValueError(
+            f"{name} needs second derivatives, which the ready-made gradients of SharpnessAware do not have; use a "
+            f"first-order optimizer, or train with {name} without SharpnessAware."
+        )
+    ascends = any(
+        hasattr(optimizer, method) for method in ("first_step", "second_step", "perturb_weights", "unperturb")
+    )
+    if ascends or re.search("SAM|GAM", name):
+        raise ValueError(
+            f"{name} is itself sharpness-aware; return its base optimizer from configure_optimizers and leave the "
+            "perturbation to this callback."
+        )

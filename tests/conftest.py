@@ -4,13 +4,15 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from _pytest.terminal import TerminalReporter
+
+from support import compatibility
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECORDED = "test_golden.py::test_recorded_values["
@@ -24,6 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         default=None,
         help="folder of recorded values, FAMILY/METHOD_CASE.npz (default: ../shared/golden beside the repository)",
+    )
+    parser.addoption(
+        "--record-compatibility",
+        metavar="FILE",
+        type=Path,
+        default=None,
+        help="write which method passed in which setting of the Trainer, the table of the documentation",
     )
     parser.addoption(
         "--dist-folder",
@@ -73,6 +82,12 @@ def no_double_imports() -> Iterator[None]:
     assert not strangers, f"imported past the package: {sorted(strangers)}; use lightning_robust.*"
 
 
+@pytest.fixture
+def cell(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """Says which cell of the documentation's compatibility table a test stands for: method and setting."""
+    return lambda row, column: record_property("cell", [row, column])
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     """How many recorded files are matched, and how many wait for their method.
@@ -80,6 +95,9 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     It stands here and not in tests/conformance, whose conftest a parallel run reads in its workers only.
     """
     stats = terminalreporter.stats
+    target: Path | None = terminalreporter.config.getoption("--record-compatibility")
+    if target is not None:
+        compatibility.write(target, [each for reports in stats.values() for each in reports])
     names = {
         outcome: [report.nodeid for report in stats.get(outcome, [])] for outcome in ("passed", "failed", "skipped")
     }

@@ -78,6 +78,11 @@ def parse_refusal(
         if not classes:
             return _unknown_option(found[1], options)
         return _unknown_argument(classes[-1], found[1], config, changes)
+    if found := re.search(
+        r"- Expected a <class '(float|int)'>\n.*- Expected a dot import path string: (\S+)", text, re.S
+    ):
+        # a number that may also be an object: what was typed is more likely to be meant as the number
+        return _wrong_value(text, f"Expected a {found[1]} or the name of a class", found[2], classes)
     if found := re.search(r"Expected a dot import path string: (\S+)", text):
         return UsageError(
             f"There is no class called `{found[1]}`{_where(text)}.",

@@ -138,7 +138,7 @@ def _usage(item: type) -> str:
         parameters = constructor_parameters(item)
         shown = [entry for entry in parameters if entry.default is entry.empty] or parameters[:1]
         hints = _hints(item)
-        values = {entry.name: next(iter(_choices(hints.get(entry.name))), "VALUE") for entry in shown}
+        values = {entry.name: _shown_value(_choices(hints.get(entry.name)), example) for entry in shown}
         changes = "".join(f" --methods.{name}.{option} {value}" for option, value in values.items())
         lines += ["", "In a recipe:", "  methods:", f"    {name}:", f"      class_path: {item.__name__}"]
         lines += ["      init_args:"] if values else []
@@ -146,6 +146,12 @@ def _usage(item: type) -> str:
         command = f"lightning-robust run digits-standard --methods.{name} {item.__name__}{changes}"
         lines += ["", "On the command line:", f"  {command}"]
     return "\n".join(lines)
+
+
+def _shown_value(choices: list[str], example: list[str]) -> str:
+    """The class that the example in Python uses, so that both show the same; else the first."""
+    used = [name for name in choices if re.search(rf"\b{name}\(", "\n".join(example))]
+    return next(iter(used + choices), "VALUE")
 
 
 def _first_line(item: type) -> str:

@@ -51,6 +51,9 @@ class ResumableDataLoader(DataLoader[Any]):
         True
     """
 
+    #: Every batch belongs to one answer of the sampler, in order: see ``SampleIndices``.
+    batches_follow_sampler = True
+
     def __init__(
         self,
         dataset: Dataset[Any],

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_robust.losses.precision import full_precision
 from lightning_robust.losses.regularizers import LogitRegularizer
-from lightning_robust.losses.schedules import Schedule
+from lightning_robust.schedules import Schedule
 
 __all__ = ["LogitPenalty", "logit_norm_penalty"]
 

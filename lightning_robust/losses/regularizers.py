@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_robust.losses.precision import autocast_off, full_precision
-from lightning_robust.losses.schedules import Constant, Schedule, as_schedule
+from lightning_robust.schedules import Constant, Schedule, as_schedule
 
 __all__ = ["LogitRegularizer"]
 

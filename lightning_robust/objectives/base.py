@@ -38,11 +38,14 @@ class ObjectiveOutput:
         loss: the scalar to minimise.
         logits: logits ``[B, C]`` that the other terms of a training step and its metrics refer to.
         logs: detached scalars to log, by name.
+        sample_losses: what each sample adds to the loss, ``[B]`` with graph, for methods that choose among samples;
+            ``None`` where the loss is no mean over samples.
     """
 
     loss: Tensor
     logits: Tensor
     logs: dict[str, Tensor]
+    sample_losses: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):

@@ -49,11 +49,21 @@ def trades_loss(
         >>> trades_loss(zeros, zeros, torch.tensor([0]))
         (tensor(0.6931), tensor(0.6931), tensor(0.))
     """
-    clean, adv = full_precision(clean_logits), full_precision(adv_logits)
-    natural = (cross_entropy if criterion is None else criterion)(clean, target)
-    reference = (clean if kl_logits is None else full_precision(kl_logits)).log_softmax(1)
-    robust = F.kl_div(adv.log_softmax(1), reference, log_target=True, reduction="batchmean")
+    natural, divergences = _parts(clean_logits, adv_logits, target, kl_logits, criterion)
+    robust = divergences.mean()
     return natural + beta * robust, natural, robust
+
+
+def _parts(
+    clean_logits: Tensor, adv_logits: Tensor, target: Tensor, kl_logits: Tensor | None, criterion: Criterion | None
+) -> tuple[Tensor, Tensor]:
+    """The loss on clean images, and the divergence of each sample."""
+    natural = (cross_entropy if criterion is None else criterion)(full_precision(clean_logits), target)
+    log_p, log_q = (
+        full_precision(logits).log_softmax(1)
+        for logits in (clean_logits if kl_logits is None else kl_logits, adv_logits)
+    )
+    return natural, F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
 
 
 class TRADES(Objective):
@@ -73,7 +83,8 @@ class TRADES(Objective):
             ``PGD(eps=0.031, step_size=0.007, steps=10, loss="kl", random_start="normal")``.
         forwards: how the model is run for the loss, which matters for BatchNorm: ``"separate"``: clean, then attacked;
             ``"joint"``: both in one batch; ``"published"``: clean, attacked, clean again for the divergence, so
-            running statistics move three times and dropout draws twice.
+            running statistics move three times and dropout draws twice; ``"published-awp"``: attacked, clean for the
+            divergence, clean again, as in the code of AWP.
         detach_clean: stop the gradient of the divergence at the clean prediction.
         criterion: takes the place of the cross entropy on clean images, for label smoothing say.
 
@@ -102,13 +113,13 @@ class TRADES(Objective):
         *,
         beta: float = 6.0,
         attack: Attack | None = None,
-        forwards: Literal["separate", "joint", "published"] = "separate",
+        forwards: Literal["separate", "joint", "published", "published-awp"] = "separate",
         detach_clean: bool = False,
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
         check_non_negative("beta", beta)
-        check_choice("forwards", forwards, ("separate", "joint", "published"))
+        check_choice("forwards", forwards, ("separate", "joint", "published", "published-awp"))
         self.beta = beta
         self.attack = (
             PGD(eps=0.031, step_size=0.007, steps=10, loss="kl", random_start="normal") if attack is None else attack
@@ -123,22 +134,33 @@ class TRADES(Objective):
 
     @override
     def forward(self, model: Model, prepared: Prepared) -> ObjectiveOutput:
-        assert prepared.x_adv is not None
-        if self.forwards == "joint":
-            clean, adv = model(torch.cat([prepared.x, prepared.x_adv])).chunk(2)
-        else:
-            clean, adv = model(prepared.x), model(prepared.x_adv)
-        kl_logits = model(prepared.x) if self.forwards == "published" else clean
+        clean, adv, kl_logits = self._logits(model, prepared)
         if self.detach_clean:
             kl_logits = kl_logits.detach()
-        loss, natural, robust = trades_loss(
-            clean, adv, prepared.y, self.beta, kl_logits=kl_logits, criterion=self.criterion
-        )
-        return ObjectiveOutput(loss, clean, {"natural": natural.detach(), "robust": robust.detach()})
+        natural, divergences = _parts(clean, adv, prepared.y, kl_logits, self.criterion)
+        robust = divergences.mean()
+        sample_losses = None
+        if self.criterion is None:
+            sample_losses = cross_entropy(clean, prepared.y, reduction="none") + self.beta * divergences
+        logs = {"natural": natural.detach(), "robust": robust.detach()}
+        return ObjectiveOutput(natural + self.beta * robust, clean, logs, sample_losses)
+
+    def _logits(self, model: Model, prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the clean and the attacked images, and of the clean ones for the divergence."""
+        x, x_adv = prepared.x, prepared.x_adv
+        assert x_adv is not None
+        if self.forwards == "published-awp":
+            adv, kl_logits, clean = model(x_adv), model(x), model(x)
+            return clean, adv, kl_logits
+        if self.forwards == "joint":
+            clean, adv = model(torch.cat([x, x_adv])).chunk(2)
+        else:
+            clean, adv = model(x), model(x_adv)
+        return clean, adv, model(x) if self.forwards == "published" else clean
 
     @override
     def passes(self, inner: float) -> float:
-        return self.attack.passes + inner * (3 if self.forwards == "published" else 2)
+        return self.attack.passes + inner * (3 if self.forwards.startswith("published") else 2)
 
     @override
     def extra_repr(self) -> str:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """ASAM: SAM in a neighbourhood that scales with the weights."""
 
+from typing import ClassVar
+
 import torch
 from typing_extensions import override
 
 from lightning_robust.checks import check_choice, check_non_negative, check_positive
-from lightning_robust.sharpness.method import GradientAt, SharpnessMethod
-from lightning_robust.sharpness.sam import ascent_scales
-from lightning_robust.sharpness.weights import Gradients, Weights, global_norm
+from lightning_robust.sharpness.gradients import global_norm
+from lightning_robust.sharpness.method import SharpnessMethod
+from lightning_robust.sharpness.probe import Probe
+from lightning_robust.sharpness.radius import Radius, ascent_scales, check_radius
+from lightning_robust.sharpness.weights import Gradients, Weights
 
 __all__ = ["ASAM"]
 
@@ -24,7 +28,8 @@ class ASAM(SharpnessMethod):
     Cost: 2 forward + 2 backward passes per step.
 
     Args:
-        rho: radius; about ten times that of SAM. 0.5 for CIFAR-10 and 1.0 for CIFAR-100 in the official code.
+        rho: radius, a number or a schedule; about ten times that of SAM. 0.5 for CIFAR-10 and 1.0 for CIFAR-100 in
+            the official code.
         eta: keeps weights that are exactly zero movable; 0.01 in the official class.
         scaling: ``"weight"`` uses ``T`` on parameters whose name contains "weight" and 1 elsewhere, as the official
             code does; ``"all"`` uses it everywhere, as davda54's ``SAM(adaptive=True)`` does (with ``eta=0``).
@@ -44,10 +49,13 @@ class ASAM(SharpnessMethod):
         ASAM(rho=2.0, eta=0.0, scaling='all', norm_eps=1e-12)
     """
 
+    ascent_only: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
+
     def __init__(
-        self, *, rho: float = 0.5, eta: float = 0.01, scaling: str = "weight", norm_eps: float = 1e-12
+        self, *, rho: Radius = 0.5, eta: float = 0.01, scaling: str = "weight", norm_eps: float = 1e-12
     ) -> None:
-        check_positive("rho", rho)
+        check_radius("rho", rho)
         check_non_negative("eta", eta)
         check_choice("scaling", scaling, ("weight", "all"))
         check_positive("norm_eps", norm_eps)
@@ -56,23 +64,23 @@ class ASAM(SharpnessMethod):
         self.scaling = scaling
         self.norm_eps = norm_eps
 
-    def __repr__(self) -> str:
-        return f"ASAM(rho={self.rho}, eta={self.eta}, scaling={self.scaling!r}, norm_eps={self.norm_eps})"
-
     @override
-    def direction(self, weights: Weights, gradients: Gradients, gradient_at: GradientAt) -> Gradients:
-        scaled = [self.scaling == "all" or "weight" in name for name in weights.names]
+    def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
+        moved = weights.perturbed
+        offsets = weights.pick(gradients)
+        scaled = [self.scaling == "all" or "weight" in name for name in moved.names]
         if not any(scaled):
             raise ValueError(
                 "No parameter has 'weight' in its name, so ASAM(scaling='weight') would be plain SAM; pass the module "
                 "(module=...) so that names are known, or use scaling='all'."
             )
-        adaptive = [tensor for tensor, chosen in zip(weights.tensors, scaled, strict=True) if chosen]
-        steep = [gradient for gradient, chosen in zip(gradients, scaled, strict=True) if chosen]
+        adaptive = [tensor for tensor, chosen in zip(moved.tensors, scaled, strict=True) if chosen]
+        steep = [offset for offset, chosen in zip(offsets, scaled, strict=True) if chosen]
         scales: Gradients = list(torch._foreach_abs(adaptive))
         if self.eta:
             torch._foreach_add_(scales, self.eta)
         torch._foreach_mul_(steep, scales)
-        norm = global_norm(gradients)
+        norm = global_norm(offsets)
         torch._foreach_mul_(steep, scales)
-        return gradient_at(gradients, ascent_scales(weights, norm, self.rho, self.norm_eps))
+        del scales
+        return probe.gradient_at(offsets, ascent_scales(probe.radii(self.rho), norm, self.norm_eps))

@@ -22,7 +22,7 @@ def inject_gradients(loss: Tensor, parameters: Sequence[Tensor], gradients: Sequ
         gradients: one tensor per parameter, of its shape.
 
     Raises:
-        RuntimeError: from a second ``backward`` through the result.
+        RuntimeError: from a second ``backward`` through the result, or one with ``create_graph=True``.
 
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
@@ -43,6 +43,12 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of a sharpness-aware step was backpropagated with create_graph=True, but its gradients are "
+                "ready-made and have no second derivatives; use a first-order optimizer, or train without "
+                "sharpness-aware directions."
+            )
         if not ctx.parcel:
             raise RuntimeError(
                 "The loss of a sharpness-aware step can be backpropagated once; call backward a single time."

@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights a sharpness-aware method perturbs, and the exact way there and back."""
+"""The weights a sharpness-aware method works on."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Gradients",
-    "Scale",
-    "WeightBackup",
-    "Weights",
-    "global_norm",
-    "own_memory",
-    "parameter_hooks_off",
-]
+__all__ = ["Gradients", "Weights"]
 
 Gradients = list[Tensor]
-Scale = float | Tensor | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,12 +21,22 @@ class Weights:
     Attributes:
         tensors: the parameters themselves.
         names: one name per parameter, as in ``named_parameters``.
-        options: the optimizer group of each parameter; a method reads its own options (``rho``) from it.
+        options: what the optimizer group of each parameter says beyond the optimizer's own options: ``rho`` for
+            example, which a method reads from there.
+        groups: the optimizer group of each parameter, with the learning rate; empty without an optimizer.
+        owners: the module that holds each parameter, where it is known.
+        positions: the place of each parameter among those of the module, whatever the order of the optimizer's groups;
+            all equal where it is not known.
+        movable: which of them a method may perturb; all of them when ``None``.
     """
 
     tensors: list[Tensor]
     names: list[str]
-    options: list[dict[str, object]]
+    options: list[dict[str, Any]]
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    owners: list[nn.Module | None] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    movable: list[bool] | None = None
 
     @classmethod
     def of(
@@ -44,145 +46,74 @@ class Weights:
 
         Args:
             source: where the parameters come from.
-            module: gives the parameters their names.
+            module: gives the parameters their names and owners.
         """
         if isinstance(source, nn.Module):
             module = source
             source = source.parameters()
         names = {id(parameter): name for name, parameter in module.named_parameters()} if module is not None else {}
-        groups: list[dict[str, object]]
+        owners = _owners(module) if module is not None else {}
+        known = module.parameters() if module is not None else ()
+        places = {id(parameter): place for place, parameter in enumerate(known)}
         if isinstance(source, torch.optim.Optimizer):
             # the optimizer's own options are not ours: Adadelta has a `rho` too
             own = set(source.defaults)
-            groups = [{k: v for k, v in group.items() if k not in own} for group in source.param_groups]
+            pairs = [(group, {k: v for k, v in group.items() if k not in own}) for group in source.param_groups]
         else:
-            groups = [{"params": list(source)}]
-        tensors: list[Tensor] = []
-        options: list[dict[str, object]] = []
-        for group in groups:
-            for parameter in group["params"]:  # type: ignore[attr-defined]
-                if parameter.requires_grad:
-                    tensors.append(parameter)
-                    options.append(group)
-        return cls(tensors, [names.get(id(tensor), str(i)) for i, tensor in enumerate(tensors)], options)
+            pairs = [({"params": list(source)}, {})]
+        found = [
+            (parameter, options, group)
+            for group, options in pairs
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
+        return cls(
+            tensors=[parameter for parameter, _, _ in found],
+            names=[names.get(id(parameter), str(i)) for i, (parameter, _, _) in enumerate(found)],
+            options=[options for _, options, _ in found],
+            groups=[group for _, _, group in found],
+            owners=[owners.get(id(parameter)) for parameter, _, _ in found],
+            positions=[places.get(id(parameter), len(places)) for parameter, _, _ in found],
+        )
 
     def subset(self, keep: Sequence[bool]) -> "Weights":
         """The weights whose entry in ``keep`` is true."""
+
+        def kept(values: list[Any]) -> list[Any]:
+            return [value for value, chosen in zip(values, keep, strict=True) if chosen] if values else []
+
         return Weights(
-            [tensor for tensor, kept in zip(self.tensors, keep, strict=True) if kept],
-            [name for name, kept in zip(self.names, keep, strict=True) if kept],
-            [option for option, kept in zip(self.options, keep, strict=True) if kept],
+            tensors=kept(self.tensors),
+            names=kept(self.names),
+            options=kept(self.options),
+            groups=kept(self.groups),
+            owners=kept(self.owners),
+            positions=kept(self.positions),
+            movable=None if self.movable is None else kept(self.movable),
         )
+
+    def with_movable(self, movable: Sequence[bool]) -> "Weights":
+        """The same weights, of which only those with a true entry may be perturbed."""
+        return replace(self, movable=None if all(movable) else list(movable))
+
+    @cached_property
+    def perturbed(self) -> "Weights":
+        """The weights that a method may perturb."""
+        return self if self.movable is None else self.subset(self.movable).with_movable(())
+
+    def pick(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of one tensor per weight, those of the perturbed weights; the list itself if these are all.
+
+        Args:
+            tensors: gradients, say.
+        """
+        if self.movable is None:
+            return tensors
+        return [tensor for tensor, chosen in zip(tensors, self.movable, strict=True) if chosen]
 
     def __len__(self) -> int:
         return len(self.tensors)
 
 
-class WeightBackup:
-    """A reusable copy of weights: restoring copies values back, so they are bit-identical.
-
-    Adding a perturbation and subtracting it again is not: it changes 2.4 % of float32 weights by up to 2.4e-7 a step.
-
-    Example:
-        >>> weight, backup = torch.tensor([0.1]), WeightBackup()
-        >>> backup.save([weight])
-        >>> backup.move([torch.tensor([3.0])])
-        >>> backup.restore()
-        >>> weight
-        tensor([0.1000])
-    """
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        self._moved = False
-
-    @torch.no_grad()
-    def save(self, tensors: list[Tensor]) -> None:
-        """Remember the values of ``tensors``; memory of an earlier call is used again when it fits."""
-        fits = len(tensors) == len(self._copies) and all(
-            copy.shape == tensor.shape and copy.dtype == tensor.dtype and copy.device == tensor.device
-            for copy, tensor in zip(self._copies, tensors, strict=True)
-        )
-        if not fits:
-            self._copies = [torch.empty_like(tensor) for tensor in tensors]
-        self._tensors = tensors
-        self._moved = False
-        if tensors:
-            torch._foreach_copy_(self._copies, tensors)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Copy the remembered values back."""
-        if self._moved:
-            torch._foreach_copy_(self._tensors, self._copies)
-            self._moved = False
-
-    @torch.no_grad()
-    def move(self, offsets: Gradients, scale: Scale = 1.0) -> None:
-        """Set the weights to the remembered values plus ``scale * offsets``; the offsets stay as they are."""
-        self.restore()
-        self._moved = True
-        if isinstance(scale, list):
-            torch._foreach_add_(self._tensors, [offset * each for offset, each in zip(offsets, scale, strict=True)])
-        elif isinstance(scale, Tensor) and scale.device.type != "cpu":
-            # reading the number would make the host wait for the device
-            torch._foreach_add_(self._tensors, torch._foreach_mul(offsets, scale))
-        else:
-            torch._foreach_add_(self._tensors, offsets, alpha=float(scale))
-
-
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    r"""Euclidean norm over all entries of all tensors, in float32 at least.
-
-    Args:
-        tensors: gradients or weights on one device.
-    """
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
-    norms: Sequence[Tensor] = torch._foreach_norm(list(tensors), 2, dtype=torch.float32 if half else None)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
-    return total
-
-
-@contextmanager
-def parameter_hooks_off(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Suspend the hooks that users registered on parameters (``p.register_hook``).
-
-    They belong to the gradient that the optimizer gets, which they see once, in the backward that delivers it; a hook
-    that scales would otherwise act on every gradient on the way, too.
-
-    Args:
-        tensors: parameters.
-    """
-    suspended = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
-    for tensor, _ in suspended:
-        tensor._backward_hooks = None
-    try:
-        yield
-    finally:
-        for tensor, hooks in suspended:
-            tensor._backward_hooks = hooks
-
-
-def own_memory(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients that may be changed in place, one independent of the other.
-
-    Autograd hands out one tensor for parameters that are added to each other, and expanded tensors where a gradient is
-    constant; those are copied.
-
-    Args:
-        gradients: what ``torch.autograd.grad`` returned.
-    """
-    taken: set[int] = set()
-    separate: list[Tensor | None] = []
-    for gradient in gradients:
-        if gradient is not None and gradient.layout == torch.strided:
-            expanded = any(
-                stride == 0 and size > 1 for stride, size in zip(gradient.stride(), gradient.shape, strict=True)
-            )
-            memory = gradient.untyped_storage().data_ptr()
-            if gradient.numel() and (expanded or memory in taken):
-                gradient = gradient.clone(memory_format=torch.contiguous_format)
-            taken.add(memory)
-        separate.append(gradient)
-    return separate
+def _owners(module: nn.Module) -> dict[int, nn.Module]:
+    return {id(parameter): owner for owner in module.modules() for parameter in owner.parameters(recurse=False)}

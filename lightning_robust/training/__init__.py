@@ -4,7 +4,9 @@
 from lightning_robust.training.batches import BatchAdapter, RepeatableBatch, loss_of, replace_loss
 from lightning_robust.training.callback import StepCallback
 from lightning_robust.training.context import RunStep, StepContext, derive_seed
+from lightning_robust.training.indices import SampleIndices
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction, LogitsNotCaptured
+from lightning_robust.training.per_sample import PerSampleCallback
 from lightning_robust.training.pipeline import StepPipeline
 from lightning_robust.training.quiet import QuietGate
 from lightning_robust.training.replaced import ReplacedMethod
@@ -16,10 +18,12 @@ __all__ = [
     "LogitsCapture",
     "LogitsFunction",
     "LogitsNotCaptured",
+    "PerSampleCallback",
     "QuietGate",
     "RepeatableBatch",
     "ReplacedMethod",
     "RunStep",
+    "SampleIndices",
     "Stage",
     "StepCallback",
     "StepContext",

@@ -63,6 +63,24 @@ class BatchAdapter:
             return _like_mapping(batch, {**batch, **new})
         return _like_sequence(batch, [new.get(index, entry) for index, entry in enumerate(batch)])
 
+    def first(self, batch: Any, count: int) -> Any:
+        """Return a batch of the first ``count`` samples: every tensor with one row per sample is cut.
+
+        Args:
+            batch: the batch.
+            count: number of samples.
+        """
+        x = self.input_of(batch)
+
+        def cut(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != len(x):
+                return leaf
+            return leaf[:count]
+
+        if any(isinstance(leaf, Mapping) for leaf in tree_leaves(batch)):  # a container that torch does not know
+            return self.repack(batch, x=cut(x), y=cut(self.target_of(batch)))
+        return tree_map(cut, batch)
+
     def _entry(self, batch: Any, which: int) -> Tensor:
         key = self._keys(batch)[which]
         value = batch[key]

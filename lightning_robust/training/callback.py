@@ -35,7 +35,8 @@ class StepCallback(Callback):
     """
 
     stage: ClassVar[Stage]
-    needs_logits: ClassVar[bool] = False
+    #: Whether the logits of the step are captured for this callback.
+    needs_logits: bool = False
     #: Only one callback with this mark may stand in its stage.
     exclusive: ClassVar[bool] = False
     #: Whether the callback works when the module steps its optimizers by hand.
@@ -103,6 +104,9 @@ class StepCallback(Callback):
             trainer: the Trainer.
             pl_module: the LightningModule.
         """
+
+    def on_pipeline_end(self) -> None:
+        """Called when the step pipeline is removed, also after an exception."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -3,14 +3,14 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_robust.guards import RandomState, buffers_restored, module_devices
+from lightning_robust.guards import buffers_restored, module_devices
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction
 from lightning_robust.training.quiet import QuietGate
 
@@ -45,7 +45,7 @@ class StepContext:
         batch_idx: index of the batch in the epoch.
         batch_as_loaded: the batch as the loader gave it.
         current_batch: the batch that the innermost step saw last.
-        passes: index of the running pass; 0 is the clean one, the only one that logs and counts.
+        counted: whether the running pass is the one that logs and counts; a sharpness-aware step has others too.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class StepContext:
         self.batch_idx = batch_idx
         self.batch_as_loaded = batch
         self.current_batch = batch
-        self.passes = 0
+        self.counted = True
         self._captures = captures
         self._gate = gate
         self._seed = seed
@@ -96,7 +96,7 @@ class StepContext:
     def log(self, name: str, value: Tensor, *, batch_size: int = 1, **kwargs: Any) -> None:
         """Log the mean of ``value`` over the epoch and the processes.
 
-        Only the clean pass logs; a Trainer that logs nothing (``barebones``) stays silent.
+        Only the counted pass logs; a Trainer that logs nothing (``barebones``) stays silent.
         """
         if not self.trainer.barebones:
             options = {"on_step": False, "on_epoch": True, "sync_dist": True, **kwargs}
@@ -109,16 +109,18 @@ class StepContext:
         self._core = step
 
     @contextmanager
-    def repeated_pass(self, replay: RandomState | None) -> Iterator[None]:
-        """A further pass over the same batch: silent, buffers put back, and with the random numbers of ``replay``."""
-        self.passes += 1
+    def uncounted_pass(self, *, restore_buffers: bool = True) -> Iterator[None]:
+        """A further pass over the same batch: silent, and with buffers put back.
+
+        Args:
+            restore_buffers: ``False`` lets the pass move BatchNorm statistics.
+        """
+        before, self.counted = self.counted, False
         try:
-            with self._gate.silence(), buffers_restored(self.pl_module):
-                if replay is not None:
-                    replay.restore()
+            with self._gate.silence(), buffers_restored(self.pl_module) if restore_buffers else nullcontext():
                 yield
         finally:
-            self.passes -= 1
+            self.counted = before
 
     def _run_core(self, step: RunStep, batch: Any) -> Any:
         self.current_batch = batch

@@ -99,6 +99,8 @@ class StepPipeline:
             capture.detach()
         self._captures.clear()
         self._gate.remove()
+        for callback in self.callbacks:
+            callback.on_pipeline_end()
 
     def run(self, inner: RunStep, batch: Any, *rest: Any, **kwargs: Any) -> Any:
         """Run a training step inside the callbacks.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One switch that keeps repeated forward passes out of logs and metrics."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +76,7 @@ class _Gated(ReplacedMethod):
     def __init__(self, gate: QuietGate, owner: Any, name: str) -> None:
         super().__init__(owner, name)
         self._gate = gate
-        self._last: Any = None
+        self._last: Any = _NEVER
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,9 +86,18 @@ class _Gated(ReplacedMethod):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         if not self._gate.quiet:
             self._last = self.inner(*args, **kwargs)
+        elif self._last is _NEVER:
+            return self._uncounted(*args, **kwargs)
         return self._last
 
+    def _uncounted(self, *args: Any, **kwargs: Any) -> Any:
+        """What a silent pass gets that comes before any that counts: a metric's value, counted in a copy."""
+        if not isinstance(self.owner, Metric | MetricCollection):
+            return None
+        return getattr(copy.deepcopy(self.owner), self.name)(*args, **kwargs)
 
+
+_NEVER = object()
 _CONTAINERS = (list, tuple, set, dict)
 
 

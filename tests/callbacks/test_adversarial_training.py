@@ -26,13 +26,13 @@ class Watch(StepCallback):
 
     def __init__(self):
         super().__init__()
-        self.loaded, self.seen, self.losses, self.passes_seen = [], [], [], []
+        self.loaded, self.seen, self.losses, self.passes_counted = [], [], [], []
 
     def around_step(self, context, batch, run):
         output = run(batch)
         self.loaded.append(context.batch_as_loaded)
         self.seen.append(batch)
-        self.passes_seen.append(context.passes)
+        self.passes_counted.append(context.counted)
         self.losses.append(output)
         return output
 
@@ -129,7 +129,7 @@ def test_sharpness_aware_passes_share_one_attack():
     module, watch = counted(), Watch()
     fit(module, SharpnessAware(SAM(rho=0.05)), watch, AdversarialTraining(PGD(eps=EPS, steps=4)), batches=2)
     assert module.net.modes == ([False] * 4 + [True] * 2) * 2
-    assert watch.passes_seen == [0, 1] * 2
+    assert watch.passes_counted == [True, False] * 2
     assert torch.equal(watch.seen[0][0], watch.seen[1][0])
 
 

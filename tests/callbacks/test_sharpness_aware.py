@@ -8,22 +8,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_robust.callbacks import SharpnessAware
-from lightning_robust.sharpness import ASAM, SAM, SharpnessMethod, sharp_backward
+from lightning_robust.callbacks import ObjectiveTraining, SharpnessAware
+from lightning_robust.objectives import TRADES
+from lightning_robust.schedules import Linear
+from lightning_robust.sharpness import ASAM, SAM, ParameterSelection, SharpnessMethod, sharp_backward
 from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, loader, trainer, weights_of
 
 
 class Still(SharpnessMethod):
     """Evaluates again at the same weights: training must equal plain training, bit by bit."""
 
-    def direction(self, weights, gradients, gradient_at):
-        return gradient_at(gradients, 0.0)
+    def direction(self, weights, gradients, probe):
+        return probe.gradient_at(gradients, 0.0)
 
 
-def fit(module, *callbacks, form="pair", seed=0, **kwargs):
+def fit(module, *callbacks, form="pair", seed=0, ckpt_path=None, **kwargs):
     L.seed_everything(seed)
     run = trainer(*callbacks, **{"max_epochs": 2, **kwargs})
-    run.fit(module, loader(form=form))
+    run.fit(module, loader(form=form), ckpt_path=ckpt_path)
     return run
 
 
@@ -79,6 +81,137 @@ def test_logs_and_metrics_are_those_of_the_clean_pass():
         run.callback_metrics["train/sharpness_gap"], (torch.stack(moved) - torch.stack(clean)).mean()
     )
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+class Late(SharpnessMethod):
+    """The pass at the perturbed weights counts."""
+
+    counted = "perturbed"
+    ascent_only = True
+
+    def direction(self, weights, gradients, probe):
+        return probe.gradient_at(gradients, 0.5)
+
+
+class Watched(PlainModule):
+    """Notes loss, batch size and number of metric updates of every pass, and uses a metric's value."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        error = 1 - self.train_acc(self(batch[0]), batch[1])
+        self.log("train_error", error, on_step=False, on_epoch=True)
+        self.seen = [*getattr(self, "seen", []), (loss.detach(), len(batch[0]), self.train_acc.update_count)]
+        return loss
+
+
+def test_a_method_may_count_the_perturbed_pass():
+    module = Watched(dropout=0.3)
+    plain = copy.deepcopy(module)
+    run = fit(module, SharpnessAware(Late()), max_epochs=1)
+    losses, sizes, counts = zip(*module.seen, strict=True)
+    assert sizes == (6,) * 8
+    assert counts == (0, 2, 2, 4, 4, 6, 6, 8)
+    torch.testing.assert_close(run.callback_metrics["train_loss"], torch.stack(losses[1::2]).mean())
+    gaps = torch.stack(losses[1::2]) - torch.stack(losses[0::2])
+    torch.testing.assert_close(run.callback_metrics["train/sharpness_gap"], gaps.mean())
+    assert module.net[1].num_batches_tracked == 8  # the module runs its network twice per pass
+    fit(plain, max_epochs=1)
+    state = torch.get_rng_state()
+    fit(Watched(dropout=0.3), SharpnessAware(Late()), max_epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_part_of_the_batch_may_lead_the_ascent():
+    module = Watched(norm=False)
+    callback = SharpnessAware(SAM(rho=0.2), ascent_fraction=0.3)
+    assert callback.passes(1) == 1.3
+    run = fit(module, callback, max_epochs=1)
+    losses, sizes, counts = zip(*module.seen, strict=True)
+    assert sizes == (2, 6) * 4
+    assert counts == (0, 2, 2, 4, 4, 6, 6, 8)
+    torch.testing.assert_close(run.callback_metrics["train_loss"], torch.stack(losses[1::2]).mean())
+    assert "train/sharpness_gap" not in run.callback_metrics  # the two losses belong to different samples
+    reference = PlainModule(norm=False)
+    optimizer = reference.configure_optimizers()
+    for x, y in loader():
+        optimizer.zero_grad()
+        sharp_backward(
+            lambda x=x, y=y: F.cross_entropy(reference.net(x), y),
+            SAM(rho=0.2),
+            optimizer,
+            module=reference,
+            ascent_closure=lambda x=x, y=y: F.cross_entropy(reference.net(x[:2]), y[:2]),
+        )
+        optimizer.step()
+    assert torch.equal(weights_of(module), weights_of(reference))
+
+
+@pytest.mark.parametrize("form", ["pair", "dict"])
+def test_a_part_of_any_batch(form):
+    module = {"pair": PlainModule, "dict": DictModule}[form]()
+    fit(module, SharpnessAware(ascent_fraction=0.5), form=form, max_epochs=1)
+    assert torch.isfinite(weights_of(module)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "sharp"), [({"every_n_steps": 3}, [0, 3, 6]), ({"start_epoch": 1}, [4, 5, 6, 7])], ids=str
+)
+def test_steps_that_are_plain(options, sharp):
+    module, reference = PlainModule(), PlainModule()
+    fit(module, SharpnessAware(SAM(rho=0.2), **options))
+    optimizer = reference.train().configure_optimizers()
+    for step, (x, y) in enumerate([*loader(), *loader()]):
+        optimizer.zero_grad()
+        rho = 0.2 if step in sharp else 1e-30
+        sharp_backward(lambda x=x, y=y: F.cross_entropy(reference.net(x), y), SAM(rho=rho), optimizer, module=reference)
+        optimizer.step()
+    torch.testing.assert_close(weights_of(module), weights_of(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_an_interval_counts_optimizer_steps_not_batches():
+    module = Watched()
+    fit(module, SharpnessAware(every_n_steps=2), max_epochs=1, accumulate_grad_batches=2)
+    assert len(module.seen) == 2 * 2 + 2  # the first window is sharp, the second plain
+    assert SharpnessAware(every_n_steps=2).passes(3) == 4.5
+
+
+def test_a_selection_and_a_schedule():
+    def run(**options):
+        module = PlainModule()
+        fit(module, SharpnessAware(SAM(rho=Linear(start=0.0, end=0.4)), **options))
+        return weights_of(module)
+
+    everything, weights, again = run(), run(perturb=ParameterSelection(min_ndim=2)), run()
+    assert torch.equal(everything, again)
+    assert not torch.equal(everything, weights)
+    reference = PlainModule().train()
+    optimizer = reference.configure_optimizers()
+    for step, (x, y) in enumerate([*loader(), *loader()]):
+        optimizer.zero_grad()
+        sharp_backward(
+            lambda x=x, y=y: F.cross_entropy(reference.net(x), y),
+            SAM(rho=Linear(start=0.0, end=0.4)),
+            optimizer,
+            module=reference,
+            perturb=ParameterSelection(min_ndim=2),
+            step=step,
+            total_steps=8,
+        )
+        optimizer.step()
+    assert torch.equal(weights, weights_of(reference))
+
+
+def test_options_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="Still uses the clean gradient for more than the ascent"):
+        SharpnessAware(Still(), ascent_fraction=0.5)
+    with pytest.raises(ValueError, match="`ascent_fraction` to be > 0"):
+        SharpnessAware(ascent_fraction=0.0)
+    with pytest.raises(ValueError, match="`every_n_steps` to be an integer >= 1"):
+        SharpnessAware(every_n_steps=0)
+    with pytest.raises(ValueError, match="ObjectiveTraining prepares whole batches"):
+        fit(PlainModule(), SharpnessAware(ascent_fraction=0.5), ObjectiveTraining(TRADES()))
+    with pytest.raises(ValueError, match="chooses none of the"):
+        fit(PlainModule(), SharpnessAware(perturb=ParameterSelection(include="nothing")))
 
 
 def test_hooks_see_clean_weights_and_the_clean_loss_once():
@@ -221,23 +354,19 @@ def test_trainer_modes(mode):
     assert not torch.equal(weights_of(module), before)
 
 
-def test_checkpointing_without_reentry_is_exact_and_with_it_is_refused():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_exact(reentrant):
     class Checkpointed(PlainModule):
-        reentrant = False
-
         def forward(self, x):
             # a re-entrant segment needs an input that requires grad to give its parameters any
-            x = x.requires_grad_() if self.reentrant else x
-            hidden = checkpoint(self.net[:3], x, use_reentrant=self.reentrant, preserve_rng_state=True)
+            x = x.detach().requires_grad_() if reentrant else x
+            hidden = checkpoint(self.net[:3], x, use_reentrant=reentrant, preserve_rng_state=True)
             return self.net[3:](hidden)
 
     plain, ours = PlainModule(norm=False), Checkpointed(norm=False)
-    fit(plain, SharpnessAware())
-    fit(ours, SharpnessAware())
+    fit(plain, SharpnessAware(), accumulate_grad_batches=2)
+    fit(ours, SharpnessAware(), accumulate_grad_batches=2)
     assert torch.equal(weights_of(plain), weights_of(ours))
-    Checkpointed.reentrant = True
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        fit(Checkpointed(norm=False), SharpnessAware())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true"])
@@ -266,10 +395,35 @@ def test_optimizers_that_cannot_work_are_refused():
     class WithLBFGS(Named):
         optimizer = torch.optim.LBFGS
 
+    class FriendlySAM(torch.optim.SGD):
+        """A peer's class without the usual method names."""
+
+    class Peer(Named):
+        optimizer = FriendlySAM
+
+    class AdaHessian(torch.optim.SGD):
+        """Needs second derivatives."""
+
+    class SecondOrder(Named):
+        optimizer = AdaHessian
+
+    class CreateGraph(PlainModule):
+        def backward(self, loss):
+            loss.backward(create_graph=True)
+
     with pytest.raises(ValueError, match="Inner is itself sharpness-aware"):
         fit(WithSAM(), SharpnessAware())
+    with pytest.raises(ValueError, match="FriendlySAM is itself sharpness-aware"):
+        fit(Peer(), SharpnessAware())
     with pytest.raises(ValueError, match="LBFGS"):
         fit(WithLBFGS(), SharpnessAware())
+    with pytest.raises(ValueError, match="AdaHessian needs second derivatives"):
+        fit(SecondOrder(), SharpnessAware())
+    module = CreateGraph()
+    before = weights_of(module).clone()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        fit(module, SharpnessAware())
+    assert torch.equal(weights_of(module), before)
 
 
 def test_two_optimizers_are_refused():
@@ -288,13 +442,25 @@ def test_two_optimizers_are_refused():
         fit(TwoByHand(), SharpnessAware())
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused(name):
+@pytest.mark.parametrize(
+    ("name", "callback", "message"),
+    [
+        ("FSDPStrategy", SharpnessAware(), "FSDPStrategy does not keep on one device"),
+        ("DeepSpeedStrategy", SharpnessAware(), "DeepSpeedStrategy does not keep on one device"),
+        ("ModelParallelStrategy", SharpnessAware(), "say so by sync_ascent=True"),
+        (
+            "ModelParallelStrategy",
+            SharpnessAware(Still(), sync_ascent=True),
+            "Still cannot work on parameters in shards",
+        ),
+    ],
+)
+def test_sharded_strategies_are_refused(name, callback, message):
     strategy = object.__new__(getattr(L.pytorch.strategies, name))
     run = trainer()
     run._accelerator_connector.strategy = strategy
-    with pytest.raises(ValueError, match=f"{name} does not keep on one device"):
-        SharpnessAware().check(run, PlainModule())
+    with pytest.raises(ValueError, match=message):
+        callback.check(run, PlainModule())
 
 
 def test_a_step_that_vanishes_on_repetition_is_refused():
@@ -357,3 +523,37 @@ def test_an_option_of_the_optimizer_itself_is_not_a_radius():
     fit(near, SharpnessAware(SAM(rho=1e-6)))
     fit(far, SharpnessAware(SAM(rho=0.9)))
     assert not torch.equal(weights_of(near), weights_of(far))
+
+
+class Remembering(SAM):
+    """SAM that keeps a running sum of its gradients."""
+
+    def direction(self, weights, gradients, probe):
+        before = self.recall("sum", weights)
+        self.remember(
+            "sum", weights, [g.clone() if b is None else b + g for b, g in zip(before, gradients, strict=True)]
+        )
+        return super().direction(weights, gradients, probe)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_memory_is_resumed_and_not_handed_to_another_method(tmp_path):
+    def run(method, folder, path=None):
+        saving = ModelCheckpoint(tmp_path / folder, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+        fit(PlainModule(), SharpnessAware(method), saving, enable_checkpointing=True, ckpt_path=path)
+        return method.state_dict()
+
+    method = Remembering(rho=0.1)
+    whole = run(method, "whole")
+    half = torch.load(tmp_path / "whole" / "step=4.ckpt", weights_only=True)["lightning_robust.SharpnessAware"]
+    assert half["method"] == "Remembering"
+    assert not torch.equal(half["memory"]["sum/net.0.weight"], whole["sum/net.0.weight"])
+    resumed = run(Remembering(rho=0.1), "resumed", tmp_path / "whole" / "step=4.ckpt")
+    again = run(method, "again")  # a new fit with the same object starts from nothing
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name])
+        assert torch.equal(value, again[name])
+    with pytest.raises(ValueError, match="trained with Remembering, whose memory SAM cannot continue"):
+        run(SAM(), "other", tmp_path / "whole" / "step=4.ckpt")
+    run(SAM(), "sam")
+    assert "lightning_robust.SharpnessAware" not in torch.load(tmp_path / "sam" / "step=8.ckpt", weights_only=True)

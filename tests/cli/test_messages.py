@@ -88,7 +88,11 @@ CHANGES = [
         "Did you mean `ASAM`",
     ),
     (["--methods.sharpness.method.rho", "-1"], "Expected `rho` to be a finite number > 0 but got -1.0.", ""),
-    (["--methods.sharpness.method.rho", "abc"], "Expected `rho` of SAM to be a float but got abc.", ""),
+    (
+        ["--methods.sharpness.method.rho", "abc"],
+        "Expected `rho` of SAM to be a float or the name of a class but got abc.",
+        "",
+    ),
     (["--methods.x", "LogitRegularization"], "LogitRegularization needs a value for `regularizer` (in `methods`).", ""),
     (["--model.widht", "2"], "--model.widht: TinyClassifier has no option `widht`.", "Did you mean `width`?"),
     (["--model.width", "x"], "Expected `width` of TinyClassifier to be a int but got x.", ""),

@@ -37,7 +37,8 @@ def test_the_page_of_a_callback_shows_how_to_use_it(lr):
     assert "trainer = L.Trainer(callbacks=[SharpnessAware(SAM(rho=0.05))])" in out
     assert "class_path: SharpnessAware" in out
     assert "--methods.sharpness_aware SharpnessAware" in out
-    assert "Choose from ASAM, SAM." in out
+    assert "Choose from AMP, ASAM, AWP," in " ".join(out.split())
+    assert "method: SAM" in out  # as in the example in Python, not the first of all
 
 
 def test_unknown_method(lr):
@@ -45,6 +46,6 @@ def test_unknown_method(lr):
     assert answer.code == 2
     assert answer.lines == [
         "error: There is no method called 'SharpnesAware'.",
-        "  Did you mean `SharpnessAware`?",
+        "  Did you mean `SharpnessAware` or `SharpnessMonitor`?",
         "  All: lightning-robust methods",
     ]

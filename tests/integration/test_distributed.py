@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.ddp_matrix import CASES, WORLD, build
-from support.modules import Images
+from support.modules import Images, PlainModule
 from support.ranks import launch
 from support.reference import METHODS, SEED, train
 
@@ -32,7 +32,9 @@ def rank_batches():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_agree(states, name):
+def test_ranks_agree(states, name, cell):
+    if CASES[name].get("method") in METHODS:
+        cell(CASES[name]["method"], "DDP")
     first, second = states[name]
     for key, value in first.items():
         if not key.startswith("train_acc") and "running" not in key:  # BatchNorm statistics are the ranks' own in DDP
@@ -43,8 +45,9 @@ COMPARED = [name for name, case in CASES.items() if "method" in case and not {"m
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_equals_the_mean_of_the_ranks(states, name):
+def test_equals_the_mean_of_the_ranks(states, name, cell):
     case = CASES[name]
+    cell(case["method"], "DDP")
     module = build(case)
     clip = ("norm", case["clip"]) if "clip" in case else None
     method = METHODS[case["method"]]
@@ -76,6 +79,18 @@ def test_manual_optimization_equals_the_callback(states):
     for key, value in states["sam"][0].items():
         if key.startswith("net"):
             torch.testing.assert_close(states["sam-manual"][0][key], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("reentrant", "straight"), [("sam-reentrant", "sam"), ("sam-reentrant-accumulate", None)])
+def test_reentrant_checkpoints_equal_a_straight_pass(states, reentrant, straight):
+    expected = states[straight] if straight else None
+    if expected is None:
+        module = PlainModule(norm=False)
+        train(module, METHODS["sam"], batches=rank_batches(), accumulate=2, world=WORLD)
+        expected = [module.state_dict()]
+    for key, value in expected[0].items():
+        if key.startswith("net"):
+            torch.testing.assert_close(states[reentrant][0][key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_local_ascent_is_another_method(states):

@@ -24,7 +24,8 @@ def monitors():
 @pytest.mark.filterwarnings("ignore:The ..compute.. method of metric")
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_callback_on_every_module(kind, method):
+def test_every_callback_on_every_module(kind, method, cell):
+    cell(method, "other modules")
     module = kind()
     before = copy.deepcopy(module.state_dict())
     attributes = {name: value for name, value in vars(module).items() if callable(value)}
@@ -43,7 +44,8 @@ def test_every_callback_on_every_module(kind, method):
 @pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_exception_in_any_forward_leaves_the_module_as_found(method, error):
+def test_an_exception_in_any_forward_leaves_the_module_as_found(method, error, cell):
+    cell(method, "exceptions")
     module = PlainModule()
     module.net[1].eval()  # a BatchNorm frozen by the user must stay frozen
     calls = []

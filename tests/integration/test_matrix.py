@@ -19,6 +19,17 @@ SETTINGS = {
     "fp16-accumulate-value": {"precision": "16-mixed", "accumulate": 3, "clip": ("value", 0.02)},
 }
 
+COLUMNS_OF = {
+    "plain": ["fp32"],
+    "accumulate": ["accumulate"],
+    "accumulate-norm": ["accumulate", "clip"],
+    "value": ["clip"],
+    "bf16": ["bf16-mixed"],
+    "bf16-accumulate-norm": ["bf16-mixed", "accumulate", "clip"],
+    "fp16": ["16-mixed"],
+    "fp16-accumulate-value": ["16-mixed", "accumulate", "clip"],
+}
+
 
 def fit(module, method, precision="32-true", accumulate=1, clip=None, **kwargs):
     L.seed_everything(SEED)
@@ -41,7 +52,9 @@ def fit(module, method, precision="32-true", accumulate=1, clip=None, **kwargs):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
-def test_equals_the_explicit_loop(method, setting):
+def test_equals_the_explicit_loop(method, setting, cell):
+    for column in COLUMNS_OF[setting]:
+        cell(method, column)
     ours = PlainModule()
     reference = twin(ours)
     fit(ours, method, **SETTINGS[setting])
@@ -54,7 +67,8 @@ def test_equals_the_explicit_loop(method, setting):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_seeded_twice_gives_the_same_numbers(method):
+def test_seeded_twice_gives_the_same_numbers(method, cell):
+    cell(method, "fp32")
     first, second = PlainModule(dropout=0.3), PlainModule(dropout=0.3)
     metrics = [fit(module, method).callback_metrics for module in (first, second)]
     for name, value in first.state_dict().items():
@@ -66,7 +80,8 @@ def test_seeded_twice_gives_the_same_numbers(method):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch._dynamo itself
 @pytest.mark.parametrize("what", ["network", "module"])
 @pytest.mark.parametrize("method", METHODS)
-def test_compiled_equals_eager(method, what):
+def test_compiled_equals_eager(method, what, cell):
+    cell(method, "compile")
     eager, compiled = PlainModule(), PlainModule()
     fit(eager, method)
     torch._dynamo.reset()

@@ -22,7 +22,8 @@ def same(first, second):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_equals_the_uninterrupted_run(method, tmp_path):
+def test_resume_equals_the_uninterrupted_run(method, tmp_path, cell):
+    cell(method, "resume")
     whole, _ = run(method, tmp_path)
     assert not same(whole, PlainModule())
     for step in (2, BATCHES, 7):  # in the first epoch, at its end, in the second

@@ -62,7 +62,10 @@ def test_extreme_logits_stay_finite():
     assert bool(adv.grad.isfinite().all())
 
 
-@pytest.mark.parametrize(("forwards", "batches"), [("separate", [8, 8]), ("joint", [16]), ("published", [8, 8, 8])])
+@pytest.mark.parametrize(
+    ("forwards", "batches"),
+    [("separate", [8, 8]), ("joint", [16]), ("published", [8, 8, 8]), ("published-awp", [8, 8, 8])],
+)
 def test_forwards_of_the_loss(net, forwards, batches):
     x, y = images(dtype=torch.float64)
     objective = TRADES(forwards=forwards)
@@ -73,6 +76,20 @@ def test_forwards_of_the_loss(net, forwards, batches):
     assert output.logits.shape == (8, CLASSES)
     assert int(net.norm.num_batches_tracked) == len(batches)
     assert objective.passes(1) == objective.attack.passes + len(batches if forwards != "joint" else [8, 8])
+
+
+@pytest.mark.parametrize(("forwards", "order"), [("separate", "ca"), ("published", "cac"), ("published-awp", "acc")])
+def test_order_of_the_forwards(net, forwards, order):
+    """BatchNorm statistics are a running mean, so the last forwards weigh most."""
+    x, y = images(dtype=torch.float64)
+    prepared = Prepared(x, y, x + 1)
+    seen = []
+    net.register_forward_pre_hook(lambda module, arguments: seen.append("c" if arguments[0] is x else "a"))
+    output = TRADES(forwards=forwards)(net, prepared)
+    assert "".join(seen) == order
+    clean, adv = net(x), net(x + 1)
+    torch.testing.assert_close(output.loss, formula(clean, adv, y, 6.0))
+    torch.testing.assert_close(output.logits, clean)
 
 
 def test_value_is_that_of_the_formula(net):

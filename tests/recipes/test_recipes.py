@@ -30,7 +30,7 @@ def test_configuration_is_accepted_and_everything_can_be_built(name):
     config = fill(RECIPES[name].config(), {BASELINE: "some.ckpt"})
     cli = RecipeCLI({**config, "trainer": {**config["trainer"], "accelerator": "cpu"}})
     cli.rehearse()
-    assert cli.model.num_classes == 10
+    assert cli.model.num_classes == (100 if name.startswith("cifar100") else 10)
     assert cli.evaluation_settings()["attack"].startswith("PGD(")
 
 

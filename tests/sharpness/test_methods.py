@@ -238,10 +238,10 @@ def test_a_method_may_visit_several_points():
     class Average(SharpnessMethod):
         extra_passes = 2
 
-        def direction(self, weights, gradients, gradient_at):
+        def direction(self, weights, gradients, probe):
             ones = [torch.ones_like(g) for g in gradients]
-            up = gradient_at(ones, 0.1)
-            down = gradient_at(ones, torch.tensor(-0.1))
+            up = probe.gradient_at(ones, 0.1)
+            down = probe.gradient_at(ones, torch.tensor(-0.1))
             return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
 
     w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))

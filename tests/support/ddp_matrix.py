@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_robust.callbacks import SharpnessAware
@@ -31,6 +33,17 @@ class Stochastic(PlainModule):
         if torch.rand(()) < 0.5:
             logits = logits + self.branch(logits)
         return F.cross_entropy(logits, batch[1])
+
+
+class Reentrant(PlainModule):
+    """Re-entrant activation checkpointing, which hides gradients from autograd.grad."""
+
+    def __init__(self):
+        super().__init__(norm=False)
+
+    def forward(self, x):
+        hidden = checkpoint(self.net[:3], x.detach().requires_grad_(), use_reentrant=True)
+        return self.net[3:](hidden)
 
 
 class ManualSAM(PlainModule):
@@ -60,6 +73,8 @@ CASES = {
     "sam-bucket-view": {"method": "sam", "accumulate": 2, "strategy": {"gradient_as_bucket_view": True}},
     "sam-synced": {"callbacks": lambda: [SharpnessAware(SAM(rho=0.2), sync_ascent=True)]},
     "all-norm": {"method": "all", "norm": True},
+    "sam-reentrant": {"method": "sam", "module": Reentrant},
+    "sam-reentrant-accumulate": {"method": "sam", "module": Reentrant, "accumulate": 2},
     "sam-manual": {"module": ManualSAM, "callbacks": list},
     "sam-unused": {"method": "sam", "module": Stochastic, "strategy": {"find_unused_parameters": True}},
 }
@@ -67,6 +82,15 @@ CASES = {
 
 def build(case):
     return case["module"]() if "module" in case else PlainModule(norm=case.get("norm", False))
+
+
+def refused(module, callbacks, rank):
+    """DDP options that re-entrant checkpoints cannot have; the weights stay as they were."""
+    for option in ("static_graph", "find_unused_parameters"):
+        strategy = DDPStrategy(process_group_backend="gloo", **{option: True})
+        run = trainer(*callbacks, devices=WORLD, strategy=strategy)
+        with pytest.raises(RuntimeError, match=f"{option}=True"):
+            run.fit(module, DataLoader(Images(), batch_size=3))
 
 
 def main(folder):
@@ -84,6 +108,8 @@ def main(folder):
             accumulate_grad_batches=case.get("accumulate", 1),
             gradient_clip_val=case.get("clip"),
         )
+        if case.get("module") is Reentrant:
+            refused(module, callbacks, rank)
         sampler = torch.utils.data.DistributedSampler(Images(), WORLD, rank, shuffle=False)
         run.fit(module, DataLoader(Images(), batch_size=3, sampler=sampler))
         torch.save(module.state_dict(), folder / f"{name}_{rank}.pt")

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_robust.attacks import PGD
+from lightning_robust.attacks import FGSM, PGD
 from lightning_robust.callbacks import (
     AdversarialTraining,
     Distillation,
+    LayerAwarePerturbation,
     LogitRegularization,
     ObjectiveTraining,
     SharpnessAware,
@@ -20,9 +22,30 @@ from lightning_robust.distillation import KD
 from lightning_robust.guards import buffers_restored
 from lightning_robust.losses import MaxSup
 from lightning_robust.objectives import TRADES
-from lightning_robust.sharpness import ASAM, SAM, SharpnessMethod, WeightBackup, Weights, sharp_direction
+from lightning_robust.sharpness import (
+    AMP,
+    ASAM,
+    AWP,
+    GAM,
+    GSAM,
+    LAP,
+    MSAM,
+    RWP,
+    SAM,
+    WSAM,
+    Evaluation,
+    FisherSAM,
+    FriendlySAM,
+    LookSAM,
+    Probe,
+    SharedGradientAttack,
+    SharpnessMethod,
+    Weights,
+    sharp_direction,
+)
 from lightning_robust.training import derive_seed
 from support.modules import CLASSES, loader, network
+from support.simulated import together
 
 SEED = 3
 
@@ -40,19 +63,31 @@ def trades():
     return TRADES(beta=3.0, attack=PGD(eps=0.1, steps=2, step_size=0.05, loss="kl", random_start="normal"))
 
 
+def rwp():
+    return RWP(gamma=0.05, loss_threshold=1.44, inner_steps=3, decay_at_perturbed=False)
+
+
+def single_step():
+    return FGSM(eps=0.1, random_start=True)
+
+
 @dataclass
 class Method:
     """A set of callbacks and the loss that they must amount to."""
 
     callbacks: Any
     adversarial: bool = False
+    shared: bool = False
     objective: bool = False
     penalty: bool = False
     teacher: bool = False
     sharp: SharpnessMethod | None = None
 
     def prepare(self, module, batch, seed, rank, epoch, index):
-        """What is computed once per batch, at the unperturbed weights; returns the loss as a function of nothing."""
+        """What is computed once per batch, at the unperturbed weights.
+
+        Returns the pass as a function, of whether it leads the ascent, and the images whose gradient it takes there.
+        """
         x, y = batch
 
         def generator(salt):
@@ -61,28 +96,58 @@ class Method:
         if self.objective:
             objective = trades()
             prepared = objective.prepare(module, x, y, generator=generator("objective"))
-            return lambda: objective(module, prepared).loss
+
+            def whole(ascent=False):
+                output = objective(module, prepared)
+                return Evaluation(output.loss, lambda: output.sample_losses)
+
+            return whole, []
+        images = SharedGradientAttack(single_step(), x, generator("attack")) if self.shared else None
         if self.adversarial:
             x = attack()(module, x, y, generator=generator("attack"))
         guide = teacher() if self.teacher else None
 
-        def loss():
-            logits = module(x)
+        def loss(ascent=False):
+            shown = x if images is None else images.start if ascent else images.attacked()
+            logits = module(shown)
             value = F.cross_entropy(logits, y)
             if guide is not None:
                 with torch.no_grad():
-                    target = guide(x)
+                    target = guide(shown)
                 value = 0.1 * value + 0.9 * KD(temperature=2.0)(logits, target)
             if self.penalty:
                 value = value + MaxSup(alpha=0.5)(logits)
-            return value
+            return Evaluation(value, lambda: F.cross_entropy(logits.float(), y, reduction="none"))
 
-        return loss
+        return loss, [images.start] if images else []
+
+
+def sharpness(make):
+    """A sharpness-aware method by itself."""
+    return Method(lambda: [SharpnessAware(make())], sharp=make())
 
 
 METHODS = {
     "sam": Method(lambda: [SharpnessAware(SAM(rho=0.2))], sharp=SAM(rho=0.2)),
     "asam": Method(lambda: [SharpnessAware(ASAM(rho=0.5))], sharp=ASAM(rho=0.5)),
+    "amp": sharpness(lambda: AMP(rho=0.1, inner_iter=2)),
+    "fisher": sharpness(lambda: FisherSAM(rho=0.2, keep_ratio=0.3, refresh_every=3)),
+    "friendly": sharpness(lambda: FriendlySAM(rho=0.2)),
+    "looksam": sharpness(lambda: LookSAM(rho=0.2, interval=3)),
+    "gsam": sharpness(lambda: GSAM(rho=0.2)),
+    "gam": sharpness(lambda: GAM(grad_rho=0.05, gamma=0.3)),
+    "wsam": sharpness(lambda: WSAM(rho=0.2, gamma=0.8)),
+    "msam": sharpness(lambda: MSAM(rho=0.2)),
+    # decay of the unperturbed weights: one of the foreign modules has AdamW
+    "awp": Method(
+        lambda: [SharpnessAware(AWP(gamma=0.05, decay_at_perturbed=False)), AdversarialTraining(attack())],
+        adversarial=True,
+        sharp=AWP(gamma=0.05, decay_at_perturbed=False),
+    ),
+    "rwp": Method(lambda: [SharpnessAware(rwp()), AdversarialTraining(attack())], adversarial=True, sharp=rwp()),
+    "lap": Method(
+        lambda: [LayerAwarePerturbation(LAP(beta=0.02), attack=single_step())], shared=True, sharp=LAP(beta=0.02)
+    ),
     "adversarial": Method(lambda: [AdversarialTraining(attack())], adversarial=True),
     "maxsup": Method(lambda: [LogitRegularization(MaxSup(alpha=0.5))], penalty=True),
     "distill": Method(lambda: [Distillation(teacher(), KD(temperature=2.0))], teacher=True),
@@ -113,17 +178,24 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "16-mixed")
     parameters = [p for p in module.parameters() if p.requires_grad]
     batches = batches or [[list(loader())] for _ in range(epochs)]
+    sharp = [copy.deepcopy(method.sharp) for _ in range(world)]  # each rank has its own memory
+    steps = 0
     for epoch in range(epochs):
         count = len(batches[epoch][0])
         for index in range(count):
             if index % accumulate == 0:
                 optimizer.zero_grad()
-            rank_gradients = [
+                pending: dict[Tensor, Tensor] = {}
+            started = [
                 gradients_of(module, method, batches[epoch][rank][index], optimizer, scaler, precision, accumulate)(
-                    str(seed), rank, epoch, index
+                    str(seed), rank, epoch, index, steps
                 )
                 for rank in range(world)
             ]
+            rank_gradients, rank_moves = zip(*together(sharp, started), strict=True)
+            for moves in zip(*rank_moves, strict=True):
+                tensor, offset = moves[0][0], torch.stack([offset for _, offset in moves]).mean(0) * (1 / accumulate)
+                pending[tensor] = pending[tensor] + offset if tensor in pending else offset
             for parameter, *gradients in zip(parameters, *rank_gradients, strict=True):
                 gradient = torch.stack(gradients).mean(0) if world > 1 else gradients[0]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -134,30 +206,77 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
                     clipper = {"norm": torch.nn.utils.clip_grad_norm_, "value": torch.nn.utils.clip_grad_value_}
                     clipper[kind](parameters, size)
                 scaler.step(optimizer)
+                before = scaler.get_scale()
                 scaler.update()
+                if scaler.get_scale() >= before:  # a lower one means that the step was skipped
+                    for tensor, offset in pending.items():
+                        tensor.data += offset
+                steps += 1
     return module
 
 
+class Moves:
+    """Takes what a method wants the weights moved by after the optimizer's step."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def add(self, tensors, offsets):
+        self.pairs += zip(tensors, offsets, strict=True)
+
+
 def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate):
-    def compute(seed, rank, epoch, index):
-        with precision_context(precision):
-            loss = method.prepare(module, batch, seed, rank, epoch, index)
-            first = loss()
+    """Runs the first pass of a batch; returns what does the rest, given the rank's method and its way to the others.
+
+    One pass is the step's own and moves buffers: the first, or that at the perturbed weights.
+    """
+
+    def compute(seed, rank, epoch, index, steps):
+        late = method.sharp is not None and method.sharp.counted == "perturbed"
         weights = Weights.of(optimizer, module)
-        if method.sharp is None:
-            return torch.autograd.grad(scaler.scale(first / accumulate), weights.tensors)
+        if method.sharp is not None:
+            weights = method.sharp.default_parameters().apply(weights)
         unit = 1.0 / scaler.scale(torch.ones(()))
 
-        def gradient(value):
-            return [g * unit for g in torch.autograd.grad(scaler.scale(value), weights.tensors)]
+        def gradient(ascent=False):
+            evaluation = loss(ascent)
+            value = method.sharp.ascent_loss(evaluation) if ascent else evaluation.loss
+            inputs = images if ascent else []
+            gradients = [g * unit for g in torch.autograd.grad(scaler.scale(value), [*weights.tensors, *inputs])]
+            for each, found in zip(inputs, gradients[len(weights) :], strict=True):
+                each.grad = found
+            return gradients[: len(weights)]
 
-        def moved():
-            with buffers_restored(module), precision_context(precision):
-                return gradient(loss())
+        def moved(ascent=False):
+            moves_buffers = late and not ascent
+            with contextlib.nullcontext() if moves_buffers else buffers_restored(module), precision_context(precision):
+                return gradient(ascent)
 
-        direction = sharp_direction(method.sharp, weights, gradient(first), moved, WeightBackup())
-        factor = scaler.scale(torch.ones(()) / accumulate)
-        return [d * factor for d in direction]
+        with precision_context(precision):
+            loss, images = method.prepare(module, batch, seed, rank, epoch, index)
+            if method.sharp is None:
+                plain = torch.autograd.grad(scaler.scale(loss().loss / accumulate), weights.tensors)
+                return lambda sharp, average: (plain, [])
+            keeps = late and not method.sharp.ascent_moves_buffers
+            with buffers_restored(module) if keeps else contextlib.nullcontext():
+                clean = gradient(ascent=True) if method.sharp.needs_ascent else []
+
+        def finish(sharp, average):
+            moves = Moves()
+            probe = Probe(
+                weights,
+                moved,
+                ascent_here=lambda: moved(ascent=True),
+                optimizer=optimizer,
+                step=lambda: (steps, -1),
+                average=average,
+                moves=lambda: moves,
+            )
+            direction = sharp_direction(sharp, weights, [g.clone() for g in clean], probe)
+            factor = scaler.scale(torch.ones(()) / accumulate)
+            return [d * factor for d in direction], moves.pairs
+
+        return finish
 
     return compute
 

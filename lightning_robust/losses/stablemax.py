@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StableMax: a softmax that grows linearly, for training that has to go on after everything is classified."""
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_robust.losses.cross_entropy import CrossEntropy, Reduction, cross_entropy
+from lightning_robust.losses.precision import autocast_off, full_precision
+
+__all__ = ["StableMax", "log_stablemax", "stable_exp", "stablemax", "stablemax_cross_entropy"]
+
+
+def stable_exp(logits: Tensor) -> Tensor:
+    r"""What takes the place of the exponential: :math:`s(x) = x + 1` for :math:`x \ge 0`, else :math:`1 / (1 - x)`.
+
+    Args:
+        logits: Any shape.
+
+    Example:
+        >>> stable_exp(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.5000, 1.0000, 2.0000])
+    """
+    above = logits >= 0
+    distance = 1 + torch.where(above, logits, -logits)
+    return torch.where(above, distance, 1 / distance)
+
+
+def log_stablemax(logits: Tensor) -> Tensor:
+    r"""Logarithm of the StableMax probabilities :math:`s(z_k) / \sum_j s(z_j)`; see :func:`stable_exp`.
+
+    Args:
+        logits: ``[B, C]`` or ``[B, C, ...]``.
+
+    Shape:
+        That of ``logits``; float32, or float64 for float64 logits.
+
+    Example:
+        >>> log_stablemax(torch.tensor([[1.0, 0.0, -1.0]])).exp()
+        tensor([[0.5714, 0.2857, 0.1429]])
+    """
+    with autocast_off(logits):
+        return _log_scores(full_precision(logits)).log_softmax(1)
+
+
+def stablemax(logits: Tensor) -> Tensor:
+    """Probabilities of a model that was trained with :class:`StableMax`; those of the softmax mean nothing there.
+
+    Args:
+        logits: ``[B, C]`` or ``[B, C, ...]``.
+
+    Shape:
+        That of ``logits``; float32, or float64 for float64 logits.
+
+    Example:
+        >>> stablemax(torch.tensor([[1.0, 0.0, -1.0]]))
+        tensor([[0.5714, 0.2857, 0.1429]])
+    """
+    return log_stablemax(logits).exp()
+
+
+def stablemax_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    double: bool = True,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Cross-entropy of StableMax probabilities, :math:`-\log\big(s(z_y) / \sum_k s(z_k)\big)`.
+
+    Args:
+        logits: ``[B, C]`` or ``[B, C, ...]``.
+        target: Class indices ``[B, ...]`` (integers) or class probabilities of the shape of ``logits``.
+        double: Compute in float64 and return to the precision of the logits, float32 at least.
+        label_smoothing: See :func:`cross_entropy`.
+        weight: Weight of each class, ``[C]``.
+        ignore_index: Hard label of the samples that do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Shape:
+        A scalar, or ``[B, ...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: What :func:`cross_entropy` refuses.
+
+    References:
+        Prieto et al., arXiv:2501.04697.
+
+    Example:
+        >>> stablemax_cross_entropy(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
+        tensor(0.5596)
+    """
+    with autocast_off(logits):
+        wide = full_precision(logits)
+        loss = cross_entropy(
+            _log_scores(wide.double() if double else wide),
+            target,
+            label_smoothing=label_smoothing,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        return loss.to(wide.dtype)
+
+
+def _log_scores(logits: Tensor) -> Tensor:
+    """Logarithm of :func:`stable_exp`, with finite derivatives in both branches and the right one at 0."""
+    above = logits >= 0
+    distance = torch.where(above, logits, -logits).log1p()
+    return torch.where(above, distance, -distance)
+
+
+class StableMax(CrossEntropy):
+    r"""Cross-entropy of probabilities that grow linearly with the logits instead of exponentially.
+
+    .. math:: -\log \frac{s(z_y)}{\sum_k s(z_k)}, \qquad
+              s(x) = \begin{cases} x + 1 & x \ge 0 \\ 1 / (1 - x) & x < 0 \end{cases}
+
+    With the softmax, a model that classifies everything raises its logits until the loss rounds to zero, and training
+    stops; with StableMax gradients fade slowly, so that it goes on ("grokking"). Runs wherever the training step calls
+    its criterion. Unlike the softmax it notices a constant added to all logits: take probabilities and calibration from
+    :func:`stablemax`, not from a softmax.
+
+    Cost: negligible next to the model; float64 arithmetic on ``[B, C]``.
+
+    Args:
+        double: Compute in float64, as the authors do; ``False`` on devices without it (Apple's GPU).
+        label_smoothing: Mass that the label loses.
+        weight: Weight of each class.
+        ignore_index: Hard label of the samples that do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one value per sample).
+
+    Shape:
+        ``logits`` ``[B, C]`` or ``[B, C, ...]``; ``target`` ``[B, ...]`` or the shape of ``logits``.
+
+    Raises:
+        ValueError: If an argument is out of range, or for what :func:`cross_entropy` refuses.
+
+    References:
+        Prieto et al., Grokking at the Edge of Numerical Stability, arXiv:2501.04697. Their code knows hard labels only,
+        returns float64, and without its cast to float64 has NaN gradients at a logit of exactly 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_robust.losses import StableMax
+        >>> StableMax()(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
+        tensor(0.5596)
+    """
+
+    def __init__(
+        self,
+        *,
+        double: bool = True,
+        label_smoothing: float = 0.0,
+        weight: list[float] | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(label_smoothing=label_smoothing, weight=weight, ignore_index=ignore_index, reduction=reduction)
+        # not `double`, which is a method of every module
+        self.double_precision = double
+
+    @override
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return stablemax_cross_entropy(
+            logits,
+            target,
+            double=self.double_precision,
+            label_smoothing=self.label_smoothing,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    @override
+    def extra_repr(self) -> str:
+        return f"double={self.double_precision}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"

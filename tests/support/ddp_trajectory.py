@@ -1,0 +1,102 @@
+"""One rank of DDP runs with SAF and MESA; `python -m support.ddp_trajectory FOLDER` under torchrun's variables."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+
+from lightning_robust.callbacks import MESA, SAF
+from lightning_robust.data import EpochSampler, ResumableDataLoader
+from lightning_robust.sharpness import LogitHistory, trajectory
+from lightning_robust.training import PerSampleCallback, Stage
+from support.modules import CollectionModule, Images, PlainModule, trainer
+from support.ranks import WORLD
+
+SAMPLES, EPOCHS, BATCHES = 21, 4, 4  # 11 samples per rank, one of them twice; the last batch has 2
+STEPS = (2, BATCHES, 6, 11)  # in the first epoch, at its end, in the middle and near the end of others
+CALLBACKS = {
+    "saf": lambda: SAF(weight=2.0, temperature=2.0, start_epoch=0, lag=1),
+    "mesa": lambda: MESA(weight=2.0, temperature=2.0, start_epoch=0, decay=0.8),
+}
+
+
+def shuffled(rank):
+    data = Images(SAMPLES)
+    return ResumableDataLoader(data, 3, sampler=EpochSampler(data, seed=7, num_replicas=WORLD, rank=rank))
+
+
+def ddp():
+    return {"devices": WORLD, "strategy": DDPStrategy(process_group_backend="gloo")}
+
+
+def fit(name, folder, rank, ckpt_path=None):
+    L.seed_everything(3)
+    module = PlainModule(norm=name == "mesa")
+    callback = CALLBACKS[name]()
+    saving = ModelCheckpoint(dirpath=folder / name, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    run = trainer(callback, saving, max_epochs=EPOCHS, enable_checkpointing=True, **ddp())
+    run.fit(module, shuffled(rank), ckpt_path=ckpt_path)
+    assert run.global_step == EPOCHS * BATCHES
+    return {"weights": dict(module.named_parameters()), "state": callback.state_dict()}
+
+
+class Told(PerSampleCallback):
+    """Keeps the indices that it is told and those in the batch."""
+
+    stage = Stage.LOSS
+    needs_logits = True
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = []
+
+    def around_step(self, context, batch, run):
+        output = run(batch)
+        self.pairs.append((self.indices_of(context, len(batch[2])), batch[2]))
+        return output
+
+
+def injected_sampler():
+    told = Told()
+    loader = DataLoader(Images(SAMPLES, form="triple"), 3, shuffle=True, num_workers=1)
+    trainer(told, max_epochs=2, **ddp()).fit(CollectionModule(), loader)
+    return told.pairs
+
+
+def merged(rank, dtype):
+    """Different numbers of batches and rows, samples that both ranks or none have seen, and a second merge."""
+    trajectory.ROWS = 4  # several portions
+    history = LogitHistory(11, 2, lag=1, dtype=dtype)
+    history.record(torch.tensor([0, 1, 2]), torch.full((3, 2), 10.0 + rank), epoch=0)  # both: the second rank is later
+    if rank == 0:
+        history.record(torch.tensor([2, 7]), torch.full((2, 2), -5.5), epoch=0)  # only here, and later
+    history.merge(epoch=0)
+    history.record(torch.tensor([4 + rank]), torch.full((1, 2), 20.0 + rank), epoch=0)
+    history.merge(epoch=0)
+    history.merge(epoch=0)
+    return history.look_up(torch.arange(11), epoch=1)
+
+
+def main(folder):
+    rank = int(os.environ["RANK"])
+    results = {"indices": injected_sampler()}
+    for name in CALLBACKS:
+        results[name] = {"whole": fit(name, folder, rank)}
+        for step in STEPS:
+            results[name][step] = fit(name, folder, rank, ckpt_path=folder / name / f"step={step}.ckpt")
+    results["merged"] = {dtype: merged(rank, dtype) for dtype in ("float32", "bfloat16")}
+    torch.save(results, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))
+    # leave together: a rank whose partner is gone may crash on its way out
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
