@@ -16,22 +16,20 @@ measured in units of its own norm, which such a scaling does not change.
 The file of --cifar is an .npz that `lightning_robust.data.read_npz` reads, of arrays or of encoded images.
 
     python benchmarks/flatness.py --cifar cifar10.npz --csv flatness.csv
+    python benchmarks/flatness_table.py flatness.csv          the tables again, also of a run that is not finished
 """
 
 import argparse
-import csv
 import logging
-import statistics
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 
 import lightning as L
 import torch
+from flatness_table import Outcome, report, write
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -91,29 +89,6 @@ class Setting:
     longer: int = 1
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one run ended with."""
-
-    task: str
-    method: str
-    rho: float
-    seed: int
-    passes: int
-    val_accuracy: float
-    val_loss: float
-    test_accuracy: float
-    train_accuracy: float
-    wrong_learned: float
-    train_loss: float
-    eigenvalue: float
-    relative: float
-    rise: float
-    weight_norm: float
-    products: int
-    seconds: float
-
-
 def digits_task(epochs: int, size: int) -> Task:
     """The digits, with a fifth of the training images for validation."""
     data = DigitsDataModule(image_size=size)
@@ -124,7 +99,7 @@ def digits_task(epochs: int, size: int) -> Task:
     testing = [test[index] for index in range(len(test))]
     return Task(
         "digits",
-        f"digits, {size}x{size}",
+        f"digits, {size}x{size}, {epochs} epochs",
         (images[stay], labels[stay]),
         (images[held], labels[held]),
         (torch.stack([image for image, _ in testing]), torch.tensor([label for _, label in testing])),
@@ -144,7 +119,7 @@ def cifar_task(path: str, images: int, noise: float, size: int, epochs: int) -> 
     y = torch.where(wrong, (y + shift) % 10, y)
     test_x, test_y = (tensor[:2000] for tensor in splits["test"])
     x, test_x = (shrunk(tensor, size) for tensor in (x, test_x))
-    name = f"CIFAR-10, {images} images, {size}x{size}, {noise:.0%} wrong labels"
+    name = f"CIFAR-10, {images} images, {size}x{size}, {noise:.0%} wrong labels, {epochs} epochs"
     return Task(
         "cifar", name, (x[:images], y[:images]), (x[images:], y[images:]), (test_x, test_y), wrong[:images], epochs
     )
@@ -255,75 +230,6 @@ def surfaces(model: nn.Module, samples: Samples) -> tuple[LossSurface, LossSurfa
     )
 
 
-def chosen(outcomes: list[Outcome]) -> list[list[Outcome]]:
-    """For each method the runs of its best radius: validation accuracy, and validation loss where that is equal."""
-    by_setting: dict[tuple[str, float], list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_setting[outcome.method, outcome.rho].append(outcome)
-
-    def quality(runs: list[Outcome]) -> tuple[float, float]:
-        return round(mean_of(runs, "val_accuracy"), 6), -mean_of(runs, "val_loss")
-
-    methods = dict.fromkeys(outcome.method for outcome in outcomes)
-    return [max((runs for (name, _), runs in by_setting.items() if name == method), key=quality) for method in methods]
-
-
-def mean_of(runs: list[Outcome], name: str) -> float:
-    """Mean over the seeds."""
-    return statistics.mean(getattr(outcome, name) for outcome in runs)
-
-
-def cell(runs: list[Outcome], name: str, form: str, scale: float = 1.0) -> str:
-    """Mean and standard deviation over the seeds."""
-    values = [scale * getattr(outcome, name) for outcome in runs]
-    if any(value != value for value in values):
-        return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} ± {spread:{form}}"
-
-
-COLUMNS: tuple[tuple[str, str, str, float], ...] = (
-    ("test acc %", "test_accuracy", ".2f", 100.0),
-    ("val acc %", "val_accuracy", ".2f", 100.0),
-    ("eigenvalue", "eigenvalue", ".3g", 1.0),
-    ("relative", "relative", ".3g", 1.0),
-    ("rise", "rise", ".3f", 1.0),
-    ("train loss", "train_loss", ".3f", 1.0),
-    ("wrong learned %", "wrong_learned", ".0f", 100.0),
-    ("weight norm", "weight_norm", ".1f", 1.0),
-)
-
-
-def report(console: Console, task: Task, outcomes: list[Outcome]) -> None:
-    """The runs of the chosen radii against SGD, and all radii."""
-    best = chosen(outcomes)
-    every: dict[tuple[str, float], list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        every[outcome.method, outcome.rho].append(outcome)
-    for title, rows in (("radius chosen on validation", best), ("every radius", list(every.values()))):
-        table = Table(title=f"{task.name}, {task.epochs} epochs: {title}")
-        for heading in ("method", "rho", "seeds", "passes", *(heading for heading, *_ in COLUMNS)):
-            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-        for runs in rows:
-            first = runs[0]
-            cells = [cell(runs, name, form, scale) for _, name, form, scale in COLUMNS]
-            table.add_row(
-                first.method, f"{first.rho:g}" if first.rho else "", str(len(runs)), str(first.passes), *cells
-            )
-        console.print(table)
-    sgd = {outcome.seed: outcome for outcome in best[0]}
-    for runs in best[1:]:
-        pairs = [(outcome, sgd[outcome.seed]) for outcome in runs]
-        lower = {
-            name: sum(getattr(a, name) < getattr(b, name) for a, b in pairs) for name in ("eigenvalue", "relative")
-        }
-        gain = 100 * statistics.mean(a.test_accuracy - b.test_accuracy for a, b in pairs)
-        console.print(
-            f"{runs[0].method}: eigenvalue below SGD's in {lower['eigenvalue']} of {len(pairs)} seeds, relative one in "
-            f"{lower['relative']}; test accuracy {gain:+.2f} points"
-        )
-
-
 def main() -> None:
     """Train, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -368,19 +274,11 @@ def main() -> None:
                 outcomes.append(run(task, setting, seed, args))
                 if args.csv is not None:
                     write(args.csv, outcomes)
-        report(console, task, [outcome for outcome in outcomes if outcome.task == task.name])
+        report(console, [outcome for outcome in outcomes if outcome.task == task.name])
     console.print(f"{sum(outcome.seconds for outcome in outcomes):.0f} s of processor time, all runs together")
     for name in args.methods:
         if not hasattr(sharpness, name):
             console.print(f"This version has no {name}; left out.")
-
-
-def write(path: str, outcomes: list[Outcome]) -> None:
-    """One line per run."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Outcome)])
-        writer.writeheader()
-        writer.writerows(asdict(outcome) for outcome in outcomes)
 
 
 if __name__ == "__main__":

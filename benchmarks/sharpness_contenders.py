@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_robust import callbacks, sharpness
+from lightning_robust.attacks import PGD
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[], object]
@@ -31,8 +32,8 @@ class Contender:
         family: what it computes; those of one family are compared with each other.
         name: whose it is.
         make: makes the step of a loop from a network and a batch.
-        callback: makes the callback of a Trainer instead.
-        passes: forward and backward passes per step.
+        callbacks: makes the callbacks of a Trainer instead.
+        passes: forward and backward passes per step; 0 if they are not all alike.
         cycle: steps that belong together, over which the time is averaged.
         epochs: a Trainer's epochs, of which the last one counts.
     """
@@ -40,7 +41,7 @@ class Contender:
     family: str
     name: str
     make: Maker | None = None
-    callback: Callable[[], L.Callback | None] | None = None
+    callbacks: Callable[[], list[L.Callback]] | None = None
     passes: float = 1
     cycle: int = 1
     epochs: int = 1
@@ -96,12 +97,12 @@ def plain(name: str, **options: Any) -> Maker:
 def ours(family: str, class_name: str, passes: float = 2, cycle: int = 1, **options: Any) -> list[Contender]:
     """Our method in a loop and in a Trainer."""
 
-    def callback() -> L.Callback:
-        return callbacks.SharpnessAware(getattr(sharpness, class_name)(**options))
+    def sharp() -> list[L.Callback]:
+        return [callbacks.SharpnessAware(getattr(sharpness, class_name)(**options))]
 
     return [
         Contender(family, "plain", make=plain(class_name, **options), passes=passes, cycle=cycle),
-        Contender(family, "Lightning", callback=callback, passes=passes, cycle=cycle),
+        Contender(family, "Lightning", callbacks=sharp, passes=passes, cycle=cycle),
     ]
 
 
@@ -208,6 +209,11 @@ def wsam(**options: Any) -> Maker:
     return with_closure(make_optimizer)
 
 
+def pgd() -> L.Callback:
+    """Adversarial training with a short attack."""
+    return callbacks.AdversarialTraining(PGD(eps=8 / 255, step_size=4 / 255, steps=3))
+
+
 def contenders() -> list[Contender]:
     """Everything that is measured, if it is there."""
     kozistr = "pytorch_optimizer"
@@ -236,7 +242,11 @@ def contenders() -> list[Contender]:
         *ours("FriendlySAM", "FriendlySAM", rho=0.2, sigma=1.0, lmbda=0.6),
         Contender("FriendlySAM", "kozistr", two_step(kozistr, "FriendlySAM", rho=0.2, sigma=1.0, lmbda=0.6), passes=2),
         *ours("AWP", "AWP"),
-        Contender("SAF", "Lightning", callback=lambda: callbacks.SAF(start_epoch=0, lag=1), epochs=2),
-        Contender("MESA", "Lightning", callback=lambda: callbacks.MESA(start_epoch=0), epochs=2),
-        Contender("SGD", "Lightning", callback=lambda: None),
+        Contender(
+            "AWP + PGD-3", "Lightning", callbacks=lambda: [callbacks.SharpnessAware(sharpness.AWP()), pgd()], passes=0
+        ),
+        Contender("PGD-3", "Lightning", callbacks=lambda: [pgd()], passes=0),
+        Contender("SAF", "Lightning", callbacks=lambda: [callbacks.SAF(start_epoch=0, lag=1)], epochs=2),
+        Contender("MESA", "Lightning", callbacks=lambda: [callbacks.MESA(start_epoch=0)], epochs=2),
+        Contender("SGD", "Lightning", callbacks=list),
     ]

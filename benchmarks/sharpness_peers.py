@@ -81,8 +81,8 @@ def fastest(seconds: list[float], cycle: int) -> float:
 
 def fit(net: nn.Module, batch: Batch, contender: Contender, steps: int) -> list[float]:
     """Seconds of the steps of a fit's last epoch; the loader is an ordinary one, which SAF needs."""
-    assert contender.callback is not None
-    method, watch = contender.callback(), Stopwatch()
+    assert contender.callbacks is not None
+    watch = Stopwatch()
     images, labels = (tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in batch)
     trainer = L.Trainer(
         max_epochs=contender.epochs,
@@ -91,7 +91,7 @@ def fit(net: nn.Module, batch: Batch, contender: Contender, steps: int) -> list[
         enable_progress_bar=False,
         enable_model_summary=False,
         accelerator="cpu",
-        callbacks=[watch, *([] if method is None else [method])],
+        callbacks=[watch, *contender.callbacks()],
     )
     trainer.fit(Classifier(net), DataLoader(TensorDataset(images, labels), batch_size=len(batch[0])))
     return watch.seconds
@@ -194,7 +194,8 @@ def table(chosen: list[Contender], ratios: dict[tuple[str, str], list[float]], n
         seen = ratios.get((each.family, each.name), [])
         if len(seen) > 1:
             low, middle, high = statistics.quantiles(seen, n=4, method="inclusive")
-            line += f" {middle:7.3f} {low:6.3f}-{high:6.3f} {middle / floor(ratios, each.passes):9.3f}"
+            line += f" {middle:7.3f} {low:6.3f}-{high:6.3f} "
+            line += f"{middle / floor(ratios, each.passes):9.3f}" if each.passes else " " * 9
         else:
             line += " " * 32
         if each.family != "bare":
@@ -236,7 +237,7 @@ def main() -> None:
     chosen, missing = available(wanted, net, batch)
     floors = [
         Contender("bare", str(passes), lambda net, batch, passes=passes: bare(net, batch, passes), passes=passes)
-        for passes in sorted({1, 2, *(int(each.passes) for each in chosen)})
+        for passes in sorted({1, 2, *(int(each.passes) for each in chosen)} - {0})
     ]
     everything = [*floors, *chosen]
     ratios = measure(everything, net, batch, args.rounds, args.steps) if args.rounds > 1 else {}
@@ -245,6 +246,10 @@ def main() -> None:
         f"{shape}, {args.threads} threads, {args.rounds} rounds, torch {torch.__version__}, Lightning {L.__version__}"
     )
     table(everything, ratios, net, batch)
+    both, attack = (ratios.get((family, "Lightning")) for family in ("AWP + PGD-3", "PGD-3"))
+    if both and attack:
+        expected = statistics.median(attack) + floor(ratios, 2) - floor(ratios, 1)
+        print(f"AWP + PGD-3 / (PGD-3 and one more bare pass): {statistics.median(both) / expected:.3f}")
     for line in missing:
         print(f"not there: {line}")
 

@@ -109,8 +109,9 @@ def refuse_other_function(tap: EvaluationTap, function: LogitsFunction, x: Tenso
     if seen.shape != logits.shape or _differ(seen, logits):
         raise ValueError(
             f"The step of {type(function.module).__name__} computes other logits than its forward (or `logits_from`), "
-            "which is evaluated here, gives for the same images; normalise and scale inside forward, name the sub-module "
-            'whose output is the logits with logits_from="...", or return them from the step as entry "logits".'
+            "which is evaluated here, gives for the same images; normalise and scale inside forward, name the "
+            'sub-module whose output is the logits with logits_from="...", or return them from the step as entry '
+            '"logits".'
         )
 
 

@@ -8,8 +8,9 @@ import torch
 from typing_extensions import override
 
 from lightning_robust.attacks import FGSM
+from lightning_robust.callbacks._trainer_step import TrainerStep
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining
-from lightning_robust.callbacks.sharpness_aware import SharpnessAware, TrainerStep
+from lightning_robust.callbacks.sharpness_aware import SharpnessAware
 from lightning_robust.sharpness import LAP, Gradients, ParameterSelection, SharedGradientAttack
 from lightning_robust.sharpness.lap_loop import check_single_step
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepContext

@@ -17,6 +17,7 @@ ROOMS = (
     "lightning_robust.losses",
     "lightning_robust.attacks",
     "lightning_robust.sharpness",
+    "lightning_robust.optimizers",
     "lightning_robust.distillation",
 )
 FOREIGN = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim", "torch.optim.lr_scheduler")

@@ -18,6 +18,7 @@ from lightning_robust.cli.tables import new_table
 from lightning_robust.distillation import DistillationLoss
 from lightning_robust.losses import Criterion, LogitRegularizer
 from lightning_robust.objectives import Objective
+from lightning_robust.optimizers import ExactOptimizer
 from lightning_robust.sharpness import SharpnessMethod
 from lightning_robust.training import StepCallback
 
@@ -32,6 +33,7 @@ KINDS: dict[type, str] = {
     Criterion: "loss",
     DistillationLoss: "teacher term",
     Objective: "objective",
+    ExactOptimizer: "optimizer",
 }
 _TESTING = ", logger=False, enable_checkpointing=False"  # what keeps the examples of docstrings from writing files
 _MATH = {r"\lVert": "|", r"\rVert": "|", r"\,": " ", r"\max": "max", r"\bar z": "mean z", r"\cdot": "*"}

@@ -15,7 +15,7 @@ __all__ = ["VSLoss", "vs_logits", "vs_loss"]
 def vs_logits(logits: Tensor, class_counts: Tensor, *, gamma: float = 0.3, tau: float = 1.0) -> Tensor:
     r"""Logits as the training loss sees them: :math:`z_k / \Delta_k + \iota_k`.
 
-    .. math:: \Delta_k = (n_{max} / n_k)^\gamma, \qquad \iota_k = \tau \log (n_k / \textstyle\sum_j n_j)
+    .. math:: \Delta_k = (n_{max} / n_k)^\gamma, \qquad \iota_k = \tau \log (n_k / \sum_j n_j)
 
     Args:
         logits: ``[B, C]`` or ``[B, C, ...]``.
@@ -96,7 +96,7 @@ class VSLoss(CrossEntropy):
     r"""Vector-scaling loss: rare classes need larger logits in training, so the model gives them to them.
 
     .. math:: \mathrm{CE}(z / \Delta + \iota,\, y), \qquad
-              \Delta_k = (n_{max} / n_k)^\gamma, \quad \iota_k = \tau \log (n_k / \textstyle\sum_j n_j)
+              \Delta_k = (n_{max} / n_k)^\gamma, \quad \iota_k = \tau \log (n_k / \sum_j n_j)
 
     The largest class keeps :math:`\Delta = 1`. Only the training loss changes: predict with the logits as they are.
     Runs wherever the training step calls its criterion. Together with a large SAM radius (0.1 and more) it does best on

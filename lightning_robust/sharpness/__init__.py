@@ -3,7 +3,7 @@
 
 from lightning_robust.sharpness.amp import AMP
 from lightning_robust.sharpness.asam import ASAM
-from lightning_robust.sharpness.ascent import inner_product, steepest, subtract_perpendicular
+from lightning_robust.sharpness.ascent import add_scaled, inner_product, steepest, subtract_perpendicular
 from lightning_robust.sharpness.average import WeightAverage
 from lightning_robust.sharpness.awp import AWP, GlobalAWP, SAMStyleAWP, global_scales, layerwise_scales
 from lightning_robust.sharpness.backup import Scale, WeightBackup
@@ -92,6 +92,7 @@ __all__ = [
     "WeightBackup",
     "WeightFunction",
     "Weights",
+    "add_scaled",
     "ascent_scales",
     "attach_orthogonal_gradients",
     "average_over_processes",

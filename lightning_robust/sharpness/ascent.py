@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods that decompose gradients share: where to climb, inner products, and what is perpendicular."""
+"""What methods share that climb along gradients and take them apart: steps, inner products, perpendicular parts."""
 
 import torch
 from torch import Tensor
 
+from lightning_robust.sharpness.backup import Scale
 from lightning_robust.sharpness.gradients import global_norm
 from lightning_robust.sharpness.sharded import is_sharded, local_parts, over_shards
 from lightning_robust.sharpness.weights import Gradients
 
-__all__ = ["inner_product", "steepest", "subtract_perpendicular"]
+__all__ = ["add_scaled", "inner_product", "steepest", "subtract_perpendicular"]
 
 
 def steepest(tensors: list[Tensor], gradients: Gradients, *, adaptive: bool) -> tuple[Gradients, Tensor]:
@@ -30,6 +31,22 @@ def steepest(tensors: list[Tensor], gradients: Gradients, *, adaptive: bool) -> 
     return offsets, norm
 
 
+def add_scaled(tensors: list[Tensor], offsets: list[Tensor], scale: Scale) -> None:
+    """Add ``scale * offsets`` to the tensors, in place and without waiting for a device.
+
+    Args:
+        tensors: what is added to.
+        offsets: as many; they stay as they are.
+        scale: a number, a scalar tensor, or a scalar tensor per offset.
+    """
+    if isinstance(scale, list):
+        torch._foreach_add_(tensors, [offset * each for offset, each in zip(offsets, scale, strict=True)])
+    elif isinstance(scale, Tensor) and scale.device.type != "cpu":
+        torch._foreach_add_(tensors, torch._foreach_mul(offsets, scale))
+    else:
+        torch._foreach_add_(tensors, offsets, alpha=float(scale))
+
+
 def inner_product(first: Gradients, second: Gradients) -> Tensor:
     """The sum over all entries of all products, in float32 at least.
 
@@ -44,7 +61,9 @@ def inner_product(first: Gradients, second: Gradients) -> Tensor:
     return over_shards(total, first[0]).sum(0) if is_sharded(first) else total
 
 
-def subtract_perpendicular(direction: Gradients, other: Gradients, share: float, norm_eps: float) -> Gradients:
+def subtract_perpendicular(
+    direction: Gradients, other: Gradients, share: float, norm_eps: float, *, reach: Tensor | None = None
+) -> Gradients:
     r"""Subtract from a direction a share of what another one has perpendicular to it, in place.
 
     .. math:: d \leftarrow d - s \, (h - \langle h, \hat d \rangle \hat d), \qquad \hat d = d / |d|
@@ -56,9 +75,11 @@ def subtract_perpendicular(direction: Gradients, other: Gradients, share: float,
         other: :math:`h`; it stays as it is.
         share: :math:`s`.
         norm_eps: added to norms and their product before dividing by them.
+        reach: the norm of ``other``, where it is known.
     """
     if share:
-        length, reach = global_norm(direction), global_norm(other)
+        length = global_norm(direction)
+        reach = global_norm(other) if reach is None else reach
         cosine = inner_product(other, direction) / (length * reach + norm_eps)
         along = cosine * reach / (length + norm_eps)
         torch._foreach_mul_(direction, 1.0 + share * along)

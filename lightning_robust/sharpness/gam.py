@@ -7,8 +7,9 @@ import torch
 from typing_extensions import override
 
 from lightning_robust.checks import check_choice, check_in_range, check_non_negative, check_positive
-from lightning_robust.sharpness.ascent import steepest, subtract_perpendicular
+from lightning_robust.sharpness.ascent import add_scaled, steepest, subtract_perpendicular
 from lightning_robust.sharpness.backup import Scale
+from lightning_robust.sharpness.dense import check_dense
 from lightning_robust.sharpness.method import SharpnessMethod
 from lightning_robust.sharpness.probe import Probe
 from lightning_robust.sharpness.radius import Radius, ascent_scales, check_radius
@@ -108,6 +109,7 @@ class GAM(SharpnessMethod):
 
     @override
     def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
+        check_dense("GAM", weights, gradients)
         loss_radii = probe.radii(self.grad_rho, "grad_rho")
         norm_radii = probe.radii(self.grad_norm_rho, "grad_norm_rho")
 
@@ -128,8 +130,7 @@ class GAM(SharpnessMethod):
         if self.h_minus == "paper":
             torch._foreach_mul_(h_minus, self.beta0)
         torch._foreach_add_(h_minus, g2, alpha=1.0 - self.beta0)
-        torch._foreach_mul_(offsets, scale)
-        torch._foreach_add_(h, offsets)
+        add_scaled(h, offsets, scale)
         del g2, offsets
         h_plus = probe.gradient_at(h)
         del h

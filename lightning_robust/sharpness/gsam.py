@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lightning_robust.checks import check_non_negative, check_positive
 from lightning_robust.sharpness.ascent import steepest, subtract_perpendicular
+from lightning_robust.sharpness.dense import check_dense
 from lightning_robust.sharpness.method import SharpnessMethod
 from lightning_robust.sharpness.probe import Probe
 from lightning_robust.sharpness.radius import Radius, ascent_scales, check_radius
@@ -68,7 +69,9 @@ class GSAM(SharpnessMethod):
 
     @override
     def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
+        check_dense("GSAM", weights, gradients)
         offsets, norm = steepest(weights.perturbed.tensors, weights.pick(gradients), adaptive=self.adaptive)
         scales = ascent_scales(probe.radii(self.rho), norm, self.norm_eps)
         moved = probe.gradient_at(offsets, scales)
-        return subtract_perpendicular(moved, gradients, self.alpha, self.norm_eps)
+        reach = norm if offsets is gradients else None
+        return subtract_perpendicular(moved, gradients, self.alpha, self.norm_eps, reach=reach)

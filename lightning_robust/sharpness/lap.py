@@ -24,7 +24,7 @@ __all__ = ["LAP", "layer_factors"]
 def layer_factors(count: int, gamma: float = 0.3, layers: int | None = None) -> list[float]:
     r"""How far each layer may be pushed: 1 for the first, 0 for the last.
 
-    .. math:: 1 - (\ln l / \ln N)^{\gamma}, \qquad l = 1, \dots, \mathrm{count}
+    .. math:: 1 - (\ln l / \ln N)^{\gamma}, \qquad l = 1 \ldots \mathrm{count}
 
     Args:
         count: number of layers.

@@ -25,7 +25,8 @@ def orthogonal_part_(gradients: Gradients, ascended: Gradients, *, per_tensor: b
     .. math:: g_v = g_s - \frac{g^\top g_s}{\lVert g \rVert^2} \, g
 
     Args:
-        gradients: :math:`g`; where it is zero, all of :math:`g_s` is orthogonal.
+        gradients: :math:`g`; where it is zero, all of :math:`g_s` is orthogonal. Where both are parallel up to
+            rounding, nothing is.
         ascended: :math:`g_s`.
         per_tensor: whether each tensor is a vector by itself, or all of them are one.
 
@@ -40,6 +41,12 @@ def orthogonal_part_(gradients: Gradients, ascended: Gradients, *, per_tensor: b
     shares = torch.where(squares > 0, products / squares, 0.0).neg().unbind()
     torch._foreach_mul_(gradients, _like(shares, gradients))
     torch._foreach_add_(gradients, ascended)
+    sizes, left = (torch.stack(tensor_norms(each)) for each in (ascended, gradients))
+    if not per_tensor:
+        sizes, left = (torch.linalg.vector_norm(each).expand(len(gradients)) for each in (sizes, left))
+    # what is left of parallel tensors is rounding, which a later step would scale up to full length
+    noise = left <= 8 * torch.finfo(gradients[0].dtype).eps * sizes
+    torch._foreach_mul_(gradients, _like((~noise).unbind(), gradients))
     return gradients
 
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Momentum-SAM: the gradient ahead of the weights along the momentum, at the cost of a plain step."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.checks import check_positive
+from lightning_robust.sharpness.ascent import add_scaled
 from lightning_robust.sharpness.backup import Scale
-from lightning_robust.sharpness.decay import add_decay
+from lightning_robust.sharpness.decay import decays_apart
 from lightning_robust.sharpness.gradients import global_norm
 from lightning_robust.sharpness.method import SharpnessMethod
 from lightning_robust.sharpness.probe import Probe
@@ -95,8 +96,7 @@ class MSAM(SharpnessMethod):
         momentum, scale = self._perturbation(probe)
         direction = probe.gradient_at(momentum, scale)
         if self.decay_at_perturbed:
-            offsets = list(torch._foreach_mul(momentum, scale))
-            add_decay(weights.pick(direction), offsets, weights.perturbed, probe.optimizer)
+            _add_decay(weights.pick(direction), momentum, scale, weights.perturbed.groups, probe.optimizer)
         return direction
 
     def offsets(
@@ -134,3 +134,25 @@ def _momentum_of(weights: Weights, optimizer: torch.optim.Optimizer | None) -> l
         torch.zeros_like(tensor) if buffer is None else buffer
         for tensor, buffer in zip(weights.tensors, found, strict=True)
     ]
+
+
+def _add_decay(
+    directions: Gradients,
+    momentum: Gradients,
+    scale: Scale,
+    groups: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Add the decay of the perturbation to the directions, whose optimizer adds that of the unperturbed weights.
+
+    What :func:`~lightning_robust.sharpness.decay.add_decay` does, without memory for the scaled perturbation.
+    """
+    assert optimizer is not None, "check_optimizer refuses"
+    rates = [
+        0.0 if decays_apart(optimizer, group) else group["weight_decay"] * (-1 if group["maximize"] else 1)
+        for group in groups
+    ]
+    for rate in set(rates) - {0.0}:
+        chosen = [index for index, own in enumerate(rates) if own == rate]
+        scales = [scale[index] * rate for index in chosen] if isinstance(scale, list) else scale * rate
+        add_scaled([directions[index] for index in chosen], [momentum[index] for index in chosen], scales)

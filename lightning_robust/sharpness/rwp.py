@@ -40,7 +40,7 @@ class RWP(SharpnessMethod):
     r"""Robust weight perturbation: only samples of small loss push the weights, in several small climbs.
 
     .. math::
-        L_c(w) = \tfrac1B \textstyle\sum_i \mathbf 1[\ell_i(w) < c] \, \ell_i(w), \qquad
+        L_c(w) = \frac1B \sum_i \mathbf 1[\ell_i(w) < c] \, \ell_i(w), \qquad
         e_k = \gamma \, \frac{\lVert w \rVert_2}{\lVert v_k \rVert_2 + 10^{-20}} \, v_k, \qquad
         v_{k+1} = v_k + \nabla L_c(w + e_k), \qquad d = g(w + e_K)
 

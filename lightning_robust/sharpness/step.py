@@ -189,7 +189,10 @@ class SharpStep(ABC):
             average=self.average,
             moves=self.moves if self.optimizer is not None else None,
         )
-        direction = sharp_direction(self.method, self.weights, gradients, probe)
+        try:
+            direction = sharp_direction(self.method, self.weights, gradients, probe)
+        except _SkippedError:
+            return None
         return self._taking_part(direction)
 
     def _moved_gradient(self) -> Gradients:
@@ -200,11 +203,15 @@ class SharpStep(ABC):
         return gradients
 
     def _ascent_gradient(self) -> Gradients:
-        return self._again(counted=False, ascent=True, loss_of=self.method.ascent_loss)[1]
+        gradients = self._again(counted=False, ascent=True, loss_of=self.method.ascent_loss)[1]
+        return self.ready_for_ascent(gradients)
 
     def _again(self, *, counted: bool, ascent: bool, loss_of: LossOf) -> tuple[Tensor, Gradients]:
+        first = not self._passes
         found = self._pass(counted=counted, ascent=ascent, loss_of=loss_of)
         if found is None:
+            if first:
+                raise _SkippedError
             raise RuntimeError(
                 "training_step returned a loss at first and None when evaluated again on the same batch; a "
                 "sharpness-aware step needs the loss of the same batch at other weights."
@@ -257,6 +264,10 @@ class SharpStep(ABC):
         ours = zip(self.weights.tensors, direction, self._took_part, strict=True)
         pairs = [(tensor, each) for tensor, each, took_part in ours if took_part] + self._bystanding
         return [tensor for tensor, _ in pairs], [each for _, each in pairs]
+
+
+class _SkippedError(Exception):
+    """The only pass of a step had no loss; ends the method's work on it."""
 
 
 def _training_loss(evaluation: Evaluation) -> Tensor:

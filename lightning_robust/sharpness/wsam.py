@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_robust.checks import check_in_range, check_positive
 from lightning_robust.sharpness.ascent import steepest
+from lightning_robust.sharpness.dense import check_dense
 from lightning_robust.sharpness.gradients import global_norm
 from lightning_robust.sharpness.method import SharpnessMethod
 from lightning_robust.sharpness.probe import Probe
@@ -102,6 +103,7 @@ class WSAM(SharpnessMethod):
 
     @override
     def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
+        check_dense("WSAM", weights, gradients)
         alpha = self.gamma / (1.0 - self.gamma)
         offsets, norm = steepest(weights.perturbed.tensors, weights.pick(gradients), adaptive=self.adaptive)
         moved = probe.gradient_at(offsets, ascent_scales(probe.radii(self.rho), norm, self.norm_eps))

@@ -3,6 +3,7 @@
 
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 __all__ = ["ReplacedMethod"]
@@ -44,6 +45,12 @@ class ReplacedMethod:
         self._hidden = vars(owner).get(name, _ABSENT)
         self._removed = False
         vars(owner)[name] = self
+
+    @property
+    def __code__(self) -> CodeType:
+        # Lightning compares the code of a step to see whether it is overridden, through one wrapper of somebody else's
+        code: CodeType = self.__wrapped__.__code__
+        return code
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What happens in place of the method, which is ``self.inner``.

@@ -267,3 +267,11 @@ def test_sparse_gradients_are_refused():
         ValueError, match=r"LookSAM needs dense gradients, but that of 'weight' is sparse; use Embedding"
     ):
         sharp_backward(lambda: net(torch.tensor([1])).sum(), LookSAM(), net, step=0)
+
+
+@pytest.mark.parametrize("per_tensor", [True, False])
+def test_rounding_is_not_remembered(per_tensor):
+    """One entry per tensor: everything is parallel, and what floating point leaves of it must not be scaled up."""
+    gradient, ascended = [torch.tensor([0.3]), torch.tensor([0.7])], [torch.tensor([0.9]), torch.tensor([2.1])]
+    parts = orthogonal_part_(gradient, ascended, per_tensor=per_tensor)
+    assert all(torch.equal(part, torch.zeros(1)) for part in parts)

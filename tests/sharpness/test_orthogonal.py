@@ -145,7 +145,7 @@ def test_a_closure_would_come_too_late(keyword):
         (ParameterSelection(include=r"^3\."), {"3.weight", "3.bias"}),
         (ParameterSelection(norm=False, bias=False), {"0.weight", "3.weight"}),
     ],
-    ids=str,
+    ids=["all", "matrices", "last layer", "neither bias nor norm"],
 )
 def test_chosen_parameters(selection, chosen):
     net, closure = problem()

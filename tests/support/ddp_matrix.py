@@ -28,6 +28,9 @@ class Stochastic(PlainModule):
         super().__init__(norm=False)
         self.branch = nn.Linear(4, 4)
 
+    def on_train_start(self):
+        torch.manual_seed(SEED + self.global_rank)  # the strategy seeds all ranks alike
+
     def training_step(self, batch, batch_idx):
         logits = self(batch[0])
         if torch.rand(()) < 0.5:

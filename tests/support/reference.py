@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from lightning_robust.attacks import FGSM, PGD
 from lightning_robust.callbacks import (
+    MESA,
+    SAF,
     AdversarialTraining,
     Distillation,
     LayerAwarePerturbation,
@@ -20,7 +22,7 @@ from lightning_robust.callbacks import (
 )
 from lightning_robust.distillation import KD
 from lightning_robust.guards import buffers_restored
-from lightning_robust.losses import MaxSup
+from lightning_robust.losses import MaxSup, full_precision
 from lightning_robust.objectives import TRADES
 from lightning_robust.sharpness import (
     AMP,
@@ -42,6 +44,7 @@ from lightning_robust.sharpness import (
     SharpnessMethod,
     Weights,
     sharp_direction,
+    trajectory_loss,
 )
 from lightning_robust.training import derive_seed
 from support.modules import CLASSES, loader, network
@@ -82,6 +85,20 @@ class Method:
     penalty: bool = False
     teacher: bool = False
     sharp: SharpnessMethod | None = None
+    saf: bool = False
+    mesa: bool = False
+
+    def start(self, module):
+        """What a loss remembers begins anew."""
+        self.past = {}
+        self.average = copy.deepcopy(module).eval() if self.mesa else None
+
+    def stepped(self, module):
+        """After each optimizer step."""
+        if self.average is not None:
+            for ours, theirs in zip(self.average.state_dict().values(), module.state_dict().values(), strict=True):
+                if ours.is_floating_point():
+                    ours.lerp_(theirs, 0.2)
 
     def prepare(self, module, batch, seed, rank, epoch, index):
         """What is computed once per batch, at the unperturbed weights.
@@ -106,6 +123,7 @@ class Method:
         if self.adversarial:
             x = attack()(module, x, y, generator=generator("attack"))
         guide = teacher() if self.teacher else None
+        samples = [row.numpy().tobytes() for row in x] if self.saf else []
 
         def loss(ascent=False):
             shown = x if images is None else images.start if ascent else images.attacked()
@@ -115,9 +133,19 @@ class Method:
                 with torch.no_grad():
                     target = guide(shown)
                 value = 0.1 * value + 0.9 * KD(temperature=2.0)(logits, target)
+            if self.saf:
+                for sample, row in zip(samples, logits.detach().float(), strict=True):
+                    self.past.setdefault((epoch, sample), row)  # of several passes the first
+                if epoch > 0:
+                    past = torch.stack([self.past[epoch - 1, sample] for sample in samples])
+                    value = value + 2.0 * trajectory_loss(logits, past, 2.0)
+            if self.mesa and epoch > 0:
+                with torch.no_grad():
+                    past = self.average(shown)
+                value = value + 2.0 * trajectory_loss(logits, past, 2.0)
             if self.penalty:
                 value = value + MaxSup(alpha=0.5)(logits)
-            return Evaluation(value, lambda: F.cross_entropy(logits.float(), y, reduction="none"))
+            return Evaluation(value, lambda: F.cross_entropy(full_precision(logits), y, reduction="none"))
 
         return loss, [images.start] if images else []
 
@@ -127,7 +155,19 @@ def sharpness(make):
     return Method(lambda: [SharpnessAware(make())], sharp=make())
 
 
+def saf():
+    return SAF(weight=2.0, temperature=2.0, start_epoch=0, lag=1)
+
+
+def mesa():
+    return MESA(weight=2.0, temperature=2.0, start_epoch=0, decay=0.8)
+
+
 METHODS = {
+    "saf": Method(lambda: [saf()], saf=True),
+    "mesa": Method(lambda: [mesa()], mesa=True),
+    "saf-sam": Method(lambda: [saf(), SharpnessAware(SAM(rho=0.2))], saf=True, sharp=SAM(rho=0.2)),
+    "mesa-sam": Method(lambda: [mesa(), SharpnessAware(SAM(rho=0.2))], mesa=True, sharp=SAM(rho=0.2)),
     "sam": Method(lambda: [SharpnessAware(SAM(rho=0.2))], sharp=SAM(rho=0.2)),
     "asam": Method(lambda: [SharpnessAware(ASAM(rho=0.5))], sharp=ASAM(rho=0.5)),
     "amp": sharpness(lambda: AMP(rho=0.1, inner_iter=2)),
@@ -174,6 +214,7 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
     `batches[epoch][rank]` is a list of batches; by default one rank sees the standard loader.
     """
     module.train()
+    method.start(module)
     optimizer = module.configure_optimizers()
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "16-mixed")
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -212,6 +253,7 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
                     for tensor, offset in pending.items():
                         tensor.data += offset
                 steps += 1
+                method.stepped(module)
     return module
 
 

@@ -46,10 +46,10 @@ def steps_of(golden: Golden) -> list[str]:
     return [f"step{number}/" for number in sorted(numbers)] or [""]
 
 
-def check_state(golden: Golden, prefix: str, state: dict[str, Tensor], unlike: str = "") -> None:
-    """All arrays of a state, but those whose name ends in ``unlike``."""
+def check_state(golden: Golden, prefix: str, state: dict[str, Tensor], unlike: tuple[str, ...] = ()) -> None:
+    """All arrays of a state, but those whose name ends in one of ``unlike``."""
     for name, value in state.items():
-        if prefix + name in golden and not (unlike and name.endswith(unlike)):
+        if prefix + name in golden and not (prefix + name).endswith(unlike):
             golden.check(prefix + name, value, rtol=1e-8)
 
 
@@ -59,7 +59,7 @@ def check_move(golden: Golden, prefix: str, before: dict[str, Tensor], after: di
         golden.check(prefix + name, (after[name] - before[name]) / gamma, rtol=1e-8, atol=1e-11)
 
 
-def replay(golden: Golden, method, objective=None, unlike: str = "") -> None:
+def replay(golden: Golden, method, objective=None, unlike: tuple[str, ...] = ()) -> None:
     model = network(golden)
     optimizer = base_optimizer(golden, model)
     for step in steps_of(golden):
@@ -103,11 +103,16 @@ def awp_arow(golden: Golden) -> None:
 
 @adapter("adversarial", "awp_sam_style_adr")
 def awp_sam_style_adr(golden: Golden) -> None:
+    counters, noise = ("num_batches_tracked",), ("perturbed/conv1.bias", "perturbed/conv2.bias")
     golden.skip(
-        *(name for name in golden.arrays if name.endswith("num_batches_tracked")),
+        *(name for name in golden.arrays if name.endswith(counters)),
         reason="the recorded code counts two batches per step while the statistics move once; here both move once",
     )
-    replay(golden, SAMStyleAWP(rho=golden.hyper["rho"]), unlike="num_batches_tracked")
+    golden.skip(
+        *(name for name in golden.arrays if name.endswith(noise)),
+        reason="a bias before a BatchNorm has no gradient but rounding errors, which the method scales to full length",
+    )
+    replay(golden, SAMStyleAWP(rho=golden.hyper["rho"]), unlike=counters + noise)
 
 
 @adapter("adversarial", "rwp_at")
@@ -117,7 +122,7 @@ def rwp_at(golden: Golden) -> None:
     optimizer = base_optimizer(golden, model)
     x_adv, y = golden.tensor("x_adv"), golden.tensor("labels")
     passes = Passes(model, lambda net: F.cross_entropy(net(x_adv), y, reduction="none"))
-    method = RWP(gamma=hyper["gamma"], loss_threshold=hyper["LSC_loss"], inner_steps=hyper["inner_steps"])
+    method = RWP(gamma=hyper["gamma"], loss_threshold=hyper["LSC_loss"], inner_steps=hyper.get("inner_steps", 10))
     loss = sharp_backward(passes, method, optimizer, module=model)
     optimizer.step()
     assert len(passes.values) == method.extra_passes + 1

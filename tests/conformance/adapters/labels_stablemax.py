@@ -33,7 +33,8 @@ def stablemax(golden: Golden) -> None:
 @adapter("labels", "perpgrad")
 def perpgrad(golden: Golden) -> None:
     """Weights and biases with gradients that were made up."""
-    golden.hyper.setdefault("base_lr", golden.hyper["lr"])
+    for name in {"lr", "betas", "eps"} & golden.hyper.keys():
+        golden.hyper.setdefault(f"base_{name}", golden.hyper[name])
     weight, bias = nn.Parameter(golden.tensor("w0")), nn.Parameter(golden.tensor("b0"))
     optimizer = base_optimizer(golden, [weight, bias])
     steps = sum(name.startswith("gw") and name[2:].isdigit() for name in golden.arrays)

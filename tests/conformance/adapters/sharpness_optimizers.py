@@ -117,7 +117,7 @@ def subsetnorm(golden: Golden) -> None:
     optimizer = SubsetNorm(
         [weight],
         betas=(0.0, hyper.get("beta2", 0.999)),
-        eps=hyper["eps"],
+        eps=hyper.get("eps", 1e-6),
         subset_size=hyper["subset_size"],
     )
     for step, gradient in enumerate(gradients, 1):

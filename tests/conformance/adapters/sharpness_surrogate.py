@@ -49,12 +49,12 @@ def first_step(golden: Golden, method: SharpnessMethod) -> None:
 def wsam(golden: Golden) -> None:
     hyper = golden.hyper
     if hyper.get("adaptive", False):
-        recorded = [name for name in golden.arrays if name.startswith(("w1.", "w2.", "w3."))]
         golden.skip(
-            *recorded,
+            *golden.arrays,
             reason="the port divides its adaptive perturbation by the norm of g; here it is that of |w| g, as in the "
             "official code",
         )
+        return
     replay(golden, WSAM(rho=hyper["rho"], gamma=hyper["gamma"], decouple=hyper.get("decouple", True)))
 
 
@@ -64,7 +64,10 @@ def msam(golden: Golden) -> None:
     hyper = golden.hyper
     net = network(golden)
     optimizer = torch.optim.SGD(
-        net.parameters(), lr=hyper["lr"], momentum=hyper["momentum"], weight_decay=hyper["weight_decay"]
+        net.parameters(),
+        lr=hyper["lr"],
+        momentum=hyper.get("momentum", 0),
+        weight_decay=hyper.get("weight_decay", 0),
     )
     method = MSAM(rho=hyper["rho"])
     x, y = golden.tensor("X"), golden.tensor("Y")
