@@ -11,7 +11,10 @@ Sharpness is measured on the same training samples for all, with the labels that
 the largest eigenvalue of the Hessian of the mean loss, by Lanczos, and how much the loss rises within a ball of radius
 --epsilon around the weights. A layer before a BatchNorm can be scaled without any change of the function, and the
 Hessian shrinks with the square of the scale; "relative" is therefore the largest eigenvalue where each tensor is
-measured in units of its own norm, which such a scaling does not change.
+measured in units of its own norm, which such a scaling does not change. The Hessian of cross-entropy also vanishes
+where samples are fitted with certainty, whatever the weights: compare eigenvalues together with the training loss, and
+see "unseen", the largest eigenvalue on validation samples, which nothing is fitted to. "learned" is the share of the
+wrong labels that the network gives.
 
 The file of --cifar is an .npz that `lightning_robust.data.read_npz` reads, of arrays or of encoded images.
 
@@ -178,9 +181,9 @@ def run(task: Task, setting: Setting, seed: int, args: argparse.Namespace) -> Ou
     model.eval()
     val_logits, test_logits, train_logits = (logits_of(model, part[0]) for part in (task.val, task.test, task.train))
     hits = train_logits.argmax(1) == task.train[1]
-    here, relative = surfaces(model, tuple(part[: args.probe] for part in task.train))
-    top = lanczos(here, tolerance=0.03, max_products=60)
-    top_relative = lanczos(relative, tolerance=0.03, max_products=60)
+    here, relative = surfaces(model, first(task.train, args.probe))
+    unseen, _ = surfaces(model, first(task.val, args.probe))
+    tops = [lanczos(surface, tolerance=0.03, max_products=60) for surface in (here, relative, unseen)]
     return Outcome(
         task=task.name,
         method=setting.method,
@@ -193,11 +196,12 @@ def run(task: Task, setting: Setting, seed: int, args: argparse.Namespace) -> Ou
         train_accuracy=float(hits.float().mean()),
         wrong_learned=float(hits[task.wrong].float().mean()) if task.wrong.any() else float("nan"),
         train_loss=float(F.cross_entropy(train_logits, task.train[1])),
-        eigenvalue=float(top.values[0]),
-        relative=float(top_relative.values[0]),
+        eigenvalue=float(tops[0].values[0]),
+        relative=float(tops[1].values[0]),
+        unseen=float(tops[2].values[0]),
         rise=epsilon_sharpness(here, radius=args.epsilon, steps=5).absolute,
         weight_norm=float(nn.utils.parameters_to_vector(model.parameters()).norm()),
-        products=top.products + top_relative.products,
+        products=sum(top.products for top in tops),
         seconds=time.process_time() - begin,
     )
 
@@ -206,6 +210,11 @@ def run(task: Task, setting: Setting, seed: int, args: argparse.Namespace) -> Ou
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     """Logits in batches."""
     return torch.cat([model(part) for part in images.split(500)])
+
+
+def first(samples: Samples, count: int) -> Samples:
+    """The first samples."""
+    return samples[0][:count], samples[1][:count]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -31,6 +31,7 @@ class Outcome:
     train_loss: float
     eigenvalue: float
     relative: float
+    unseen: float
     rise: float
     weight_norm: float
     products: int
@@ -69,10 +70,11 @@ COLUMNS: tuple[tuple[str, str, str, float], ...] = (
     ("val acc %", "val_accuracy", ".2f", 100.0),
     ("eigenvalue", "eigenvalue", ".3g", 1.0),
     ("relative", "relative", ".3g", 1.0),
+    ("unseen", "unseen", ".3g", 1.0),
     ("rise", "rise", ".3f", 1.0),
     ("train loss", "train_loss", ".3f", 1.0),
-    ("wrong learned %", "wrong_learned", ".0f", 100.0),
-    ("weight norm", "weight_norm", ".1f", 1.0),
+    ("learned %", "wrong_learned", ".0f", 100.0),
+    ("norm", "weight_norm", ".1f", 1.0),
 )
 
 
@@ -95,14 +97,16 @@ def report(console: Console, outcomes: list[Outcome]) -> None:
         console.print(table)
     sgd = {outcome.seed: outcome for outcome in best[0]}
     for runs in best[1:]:
-        pairs = [(outcome, sgd[outcome.seed]) for outcome in runs]
-        lower = {
-            name: sum(getattr(a, name) < getattr(b, name) for a, b in pairs) for name in ("eigenvalue", "relative")
-        }
+        pairs = [(outcome, sgd[outcome.seed]) for outcome in runs if outcome.seed in sgd]
+        lower = [
+            f"{heading} {sum(getattr(a, name) < getattr(b, name) for a, b in pairs)}"
+            for heading, name, *_ in COLUMNS
+            if name in ("eigenvalue", "relative", "unseen", "rise")
+        ]
         gain = 100 * statistics.mean(a.test_accuracy - b.test_accuracy for a, b in pairs)
         console.print(
-            f"{runs[0].method}: eigenvalue below SGD's in {lower['eigenvalue']} of {len(pairs)} seeds, relative one in "
-            f"{lower['relative']}; test accuracy {gain:+.2f} points"
+            f"{runs[0].method}: below SGD of the same seed, in how many of {len(pairs)}: {', '.join(lower)}; "
+            f"test accuracy {gain:+.2f} points"
         )
 
 

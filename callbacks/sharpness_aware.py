@@ -107,6 +107,11 @@ class SharpnessAware(StepCallback):
         check_integer("start_epoch", start_epoch, 0)
         check_in_range("ascent_fraction", ascent_fraction, 0.0, 1.0)
         self.method = method if method is not None else SAM()
+        if ascent_fraction < 1 and not self.method.needs_ascent:
+            raise ValueError(
+                f"{type(self.method).__name__} spends no pass on an ascent, so there is none to take of a part of the "
+                f"batch; leave ascent_fraction at 1 instead of {ascent_fraction}."
+            )
         if ascent_fraction < 1 and not self.method.ascent_only:
             raise ValueError(
                 f"{type(self.method).__name__} uses the clean gradient for more than the ascent, so it must be that of "

@@ -53,9 +53,9 @@ class WSAM(SharpnessMethod):
 
     References:
         Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, arXiv
-        2305.15817. The official code can clip both gradients by itself (``max_norm``); the port in pytorch_optimizer
-        divides by the norm of the plain gradient when it is adaptive, where the official code and this class use
-        that of :math:`T g_0`.
+        2305.15817. The official code can clip both gradients by itself (``max_norm``); older versions of the port in
+        pytorch_optimizer divide by the norm of the plain gradient when they are adaptive, where the official code and
+        this class use that of :math:`T g_0`.
 
     Example:
         >>> from lightning_robust.sharpness import WSAM

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_robust.callbacks import ObjectiveTraining, SharpnessAware
 from lightning_robust.objectives import TRADES
 from lightning_robust.schedules import Linear
-from lightning_robust.sharpness import ASAM, SAM, ParameterSelection, SharpnessMethod, sharp_backward
+from lightning_robust.sharpness import ASAM, MSAM, SAM, ParameterSelection, SharpnessMethod, sharp_backward
 from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, loader, trainer, weights_of
 
 
@@ -204,6 +204,8 @@ def test_a_selection_and_a_schedule():
 def test_options_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="Still uses the clean gradient for more than the ascent"):
         SharpnessAware(Still(), ascent_fraction=0.5)
+    with pytest.raises(ValueError, match="MSAM spends no pass on an ascent"):
+        SharpnessAware(MSAM(), ascent_fraction=0.5)
     with pytest.raises(ValueError, match="`ascent_fraction` to be > 0"):
         SharpnessAware(ascent_fraction=0.0)
     with pytest.raises(ValueError, match="`every_n_steps` to be an integer >= 1"):

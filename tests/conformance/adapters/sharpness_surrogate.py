@@ -51,8 +51,8 @@ def wsam(golden: Golden) -> None:
     if hyper.get("adaptive", False):
         golden.skip(
             *golden.arrays,
-            reason="the port divides its adaptive perturbation by the norm of g; here it is that of |w| g, as in the "
-            "official code",
+            reason="the recorded port divides its adaptive perturbation by the norm of g; here it is that of |w| g, as "
+            "in the official code",
         )
         return
     replay(golden, WSAM(rho=hyper["rho"], gamma=hyper["gamma"], decouple=hyper.get("decouple", True)))
