@@ -3,9 +3,10 @@
 
 Small residual networks on the digits of scikit-learn and, with --cifar, on a part of CIFAR-10 whose training labels are
 partly wrong. All methods take the same number of epochs with the same batches, learning rates and weight decay, so SAM
-computes twice and GAM four times as many gradients as SGD; --equal-compute adds SGD runs that are as much longer. Each
-method is trained with every radius of its grid, and the radius with the best mean accuracy on validation images (whose
-labels are as wrong as the training ones) is the one that is reported; the test images take no part in that.
+computes twice and GAM four times as many gradients as SGD; --lengths adds SGD runs that are as much longer, and
+shorter ones, of which validation picks a length. Each method is trained with every radius of its grid, and the radius
+with the best mean accuracy on validation images (whose labels are as wrong as the training ones) is the one that is
+reported; the test images take no part in that.
 
 Sharpness is measured on the same training samples for all, with the labels that were trained on, in evaluation mode:
 the largest eigenvalue of the Hessian of the mean loss, by Lanczos, and how much the loss rises within a ball of radius
@@ -14,7 +15,7 @@ Hessian shrinks with the square of the scale; "relative" is therefore the larges
 measured in units of its own norm, which such a scaling does not change. The Hessian of cross-entropy also vanishes
 where samples are fitted with certainty, whatever the weights: compare eigenvalues together with the training loss, and
 see "unseen", the largest eigenvalue on validation samples, which nothing is fitted to. "learned" is the share of the
-wrong labels that the network gives.
+wrong labels that the network gives, "passes" the epochs times the gradients per step.
 
 The file of --cifar is an .npz that `lightning_robust.data.read_npz` reads, of arrays or of encoded images.
 
@@ -82,14 +83,14 @@ class Setting:
         rho: its radius.
         make: makes the rule for ``SharpnessAware``; none for SGD.
         passes: gradients per step, in multiples of SGD's.
-        longer: factor of the number of epochs.
+        length: factor of the number of epochs.
     """
 
     method: str
     rho: float
     make: Callable[[], SharpnessMethod] | None = field(repr=False)
     passes: int
-    longer: int = 1
+    length: float = 1.0
 
 
 def digits_task(epochs: int, size: int) -> Task:
@@ -102,7 +103,7 @@ def digits_task(epochs: int, size: int) -> Task:
     testing = [test[index] for index in range(len(test))]
     return Task(
         "digits",
-        f"digits, {size}x{size}, {epochs} epochs",
+        f"digits, {size}x{size}",
         (images[stay], labels[stay]),
         (images[held], labels[held]),
         (torch.stack([image for image, _ in testing]), torch.tensor([label for _, label in testing])),
@@ -122,7 +123,7 @@ def cifar_task(path: str, images: int, noise: float, size: int, epochs: int) -> 
     y = torch.where(wrong, (y + shift) % 10, y)
     test_x, test_y = (tensor[:2000] for tensor in splits["test"])
     x, test_x = (shrunk(tensor, size) for tensor in (x, test_x))
-    name = f"CIFAR-10, {images} images, {size}x{size}, {noise:.0%} wrong labels, {epochs} epochs"
+    name = f"CIFAR-10, {images} images, {size}x{size}, {noise:.0%} wrong labels"
     return Task(
         "cifar", name, (x[:images], y[:images]), (x[images:], y[images:]), (test_x, test_y), wrong[:images], epochs
     )
@@ -134,7 +135,7 @@ def shrunk(images: Tensor, size: int) -> Tensor:
     return images if images.shape[-1] == size else F.adaptive_avg_pool2d(images, size)
 
 
-def grid(names: list[str], radii: dict[str, list[float]], equal_compute: bool) -> list[Setting]:
+def grid(names: list[str], radii: dict[str, list[float]], lengths: bool) -> list[Setting]:
     """All settings of the methods that this version has."""
 
     def setting(name: str, rho: float) -> Setting:
@@ -144,8 +145,9 @@ def grid(names: list[str], radii: dict[str, list[float]], equal_compute: bool) -
         return Setting(name, rho, lambda: getattr(sharpness, name)(rho=rho), 2)
 
     found = [Setting("SGD", 0.0, None, 1)]
-    if equal_compute:
-        found += [Setting(f"SGD, {factor} x the epochs", 0.0, None, factor, longer=factor) for factor in (2, 4)]
+    if lengths:
+        found += [Setting("SGD, length chosen", 0.0, None, 1, length) for length in (0.25, 0.4, 0.6, 1)]
+        found += [Setting(f"SGD, passes of {name}", 0.0, None, 1, length) for name, length in (("SAM", 2), ("GAM", 4))]
     return found + [setting(name, rho) for name in names if hasattr(sharpness, name) for rho in radii[name]]
 
 
@@ -167,8 +169,9 @@ def run(task: Task, setting: Setting, seed: int, args: argparse.Namespace) -> Ou
         lr_scheduler="cosine",
         scheduler_interval="step",
     )
+    epochs = round(task.epochs * setting.length)
     trainer = L.Trainer(
-        max_epochs=task.epochs * setting.longer,
+        max_epochs=epochs,
         callbacks=[] if setting.make is None else [SharpnessAware(setting.make())],
         accelerator="cpu",
         logger=False,
@@ -189,6 +192,7 @@ def run(task: Task, setting: Setting, seed: int, args: argparse.Namespace) -> Ou
         method=setting.method,
         rho=setting.rho,
         seed=seed,
+        epochs=epochs,
         passes=setting.passes,
         val_accuracy=accuracy(val_logits, task.val[1]),
         val_loss=float(F.cross_entropy(val_logits, task.val[1])),
@@ -248,7 +252,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sam-rho", nargs="+", type=float, default=None, help="radii to try")
     parser.add_argument("--gam-rho", nargs="+", type=float, default=None)
-    parser.add_argument("--equal-compute", action="store_true", help="add SGD with 2 and 4 times the epochs")
+    parser.add_argument("--lengths", action="store_true", help="add SGD with 1/4 to 4 times the epochs")
     parser.add_argument("--epochs", type=int, default=20, help="on CIFAR-10")
     parser.add_argument("--digits-epochs", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000, help="training images of CIFAR-10")
@@ -269,7 +273,7 @@ def main() -> None:
     tasks = [digits_task(args.digits_epochs, size=8)] if "digits" in args.tasks else []
     if "cifar" in args.tasks and args.cifar is not None:
         tasks.append(cifar_task(args.cifar, args.images, args.noise, args.size, args.epochs))
-    console = Console(width=180)
+    console = Console(width=190)
     console.print(
         f"resnet8_cifar, SGD with momentum 0.9, lr {args.lr} (cosine), weight decay {args.weight_decay}, batches of "
         f"{args.batch_size}; rise within {args.epsilon}; torch {torch.__version__}, Lightning {L.__version__}"
@@ -279,7 +283,7 @@ def main() -> None:
         given = {"SAM": args.sam_rho, "GAM": args.gam_rho}
         radii = {name: given[name] or usual for name, usual in RADII[task.key].items()}
         for seed in range(args.seeds):
-            for setting in grid(args.methods, radii, args.equal_compute):
+            for setting in grid(args.methods, radii, args.lengths):
                 outcomes.append(run(task, setting, seed, args))
                 if args.csv is not None:
                     write(args.csv, outcomes)

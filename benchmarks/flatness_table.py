@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,7 @@ class Outcome:
     method: str
     rho: float
     seed: int
+    epochs: int
     passes: int
     val_accuracy: float
     val_loss: float
@@ -39,16 +41,21 @@ class Outcome:
 
 
 def chosen(outcomes: list[Outcome]) -> list[list[Outcome]]:
-    """For each method the runs of its best radius: validation accuracy, and validation loss where that is equal."""
-    by_setting: dict[tuple[str, float], list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_setting[outcome.method, outcome.rho].append(outcome)
+    """For each method the best runs: by validation accuracy, and validation loss where that is equal."""
 
     def quality(runs: list[Outcome]) -> tuple[float, float]:
         return round(mean_of(runs, "val_accuracy"), 6), -mean_of(runs, "val_loss")
 
     methods = dict.fromkeys(outcome.method for outcome in outcomes)
-    return [max((runs for (name, _), runs in by_setting.items() if name == method), key=quality) for method in methods]
+    return [max((runs for runs in settings(outcomes) if runs[0].method == method), key=quality) for method in methods]
+
+
+def settings(outcomes: list[Outcome]) -> list[list[Outcome]]:
+    """The runs that differ in the seed only."""
+    found: dict[tuple[str, float, int], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        found[outcome.method, outcome.rho, outcome.epochs].append(outcome)
+    return list(found.values())
 
 
 def mean_of(runs: list[Outcome], name: str) -> float:
@@ -56,48 +63,49 @@ def mean_of(runs: list[Outcome], name: str) -> float:
     return statistics.mean(getattr(outcome, name) for outcome in runs)
 
 
-def cell(runs: list[Outcome], name: str, form: str, scale: float = 1.0) -> str:
+def cell(runs: list[Outcome], name: str, scale: float = 1.0) -> str:
     """Mean and standard deviation over the seeds."""
     values = [scale * getattr(outcome, name) for outcome in runs]
     if any(value != value for value in values):
         return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{form}} ± {spread:{form}}"
+    mean = statistics.mean(values)
+    digits = 0 if mean >= 100 else 1 if mean >= 10 else 2 if mean >= 1 else 3
+    return f"{mean:.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.{digits}f}"
 
 
-COLUMNS: tuple[tuple[str, str, str, float], ...] = (
-    ("test acc %", "test_accuracy", ".2f", 100.0),
-    ("val acc %", "val_accuracy", ".2f", 100.0),
-    ("eigenvalue", "eigenvalue", ".3g", 1.0),
-    ("relative", "relative", ".3g", 1.0),
-    ("unseen", "unseen", ".3g", 1.0),
-    ("rise", "rise", ".3f", 1.0),
-    ("train loss", "train_loss", ".3f", 1.0),
-    ("learned %", "wrong_learned", ".0f", 100.0),
-    ("norm", "weight_norm", ".1f", 1.0),
+COLUMNS: tuple[tuple[str, str, float], ...] = (
+    ("test %", "test_accuracy", 100.0),
+    ("val %", "val_accuracy", 100.0),
+    ("eigenvalue", "eigenvalue", 1.0),
+    ("relative", "relative", 1.0),
+    ("unseen", "unseen", 1.0),
+    ("rise", "rise", 1.0),
+    ("train loss", "train_loss", 1.0),
+    ("learned %", "wrong_learned", 100.0),
+    ("norm", "weight_norm", 1.0),
 )
 
 
 def report(console: Console, outcomes: list[Outcome]) -> None:
-    """The runs of the chosen radii against SGD, and all radii."""
+    """The chosen runs, all runs, and the chosen ones against SGD."""
     best = chosen(outcomes)
-    every: dict[tuple[str, float], list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        every[outcome.method, outcome.rho].append(outcome)
-    for title, rows in (("radius chosen on validation", best), ("every radius", list(every.values()))):
-        table = Table(title=f"{outcomes[0].task}: {title}")
-        for heading in ("method", "rho", "seeds", "passes", *(heading for heading, *_ in COLUMNS)):
+    for title, rows in (("chosen on validation", best), ("everything", settings(outcomes))):
+        table = Table(title=f"{outcomes[0].task}, {len(best[0])} seeds: {title}", box=box.SIMPLE)
+        for heading in ("method", "rho", "epochs", "passes", *(heading for heading, *_ in COLUMNS)):
             table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
         for runs in rows:
             first = runs[0]
-            cells = [cell(runs, name, form, scale) for _, name, form, scale in COLUMNS]
+            cells = [cell(runs, name, scale) for _, name, scale in COLUMNS]
             table.add_row(
-                first.method, f"{first.rho:g}" if first.rho else "", str(len(runs)), str(first.passes), *cells
+                first.method,
+                f"{first.rho:g}" if first.rho else "",
+                *map(str, (first.epochs, first.epochs * first.passes)),
+                *cells,
             )
         console.print(table)
     sgd = {outcome.seed: outcome for outcome in best[0]}
     for runs in best[1:]:
-        pairs = [(outcome, sgd[outcome.seed]) for outcome in runs if outcome.seed in sgd]
+        pairs = [(outcome, sgd[outcome.seed]) for outcome in runs]
         lower = [
             f"{heading} {sum(getattr(a, name) < getattr(b, name) for a, b in pairs)}"
             for heading, name, *_ in COLUMNS
@@ -131,7 +139,7 @@ def main() -> None:
     parser.add_argument("csv", nargs="+", help="files that flatness.py wrote")
     outcomes = [outcome for path in parser.parse_args().csv for outcome in read(path)]
     for task in dict.fromkeys(outcome.task for outcome in outcomes):
-        report(Console(width=180), [outcome for outcome in outcomes if outcome.task == task])
+        report(Console(width=190), [outcome for outcome in outcomes if outcome.task == task])
 
 
 if __name__ == "__main__":
