@@ -2,13 +2,13 @@
 """The logits of a LightningModule at weights that are not its own."""
 
 from collections.abc import Callable
-from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_robust.sharpness import graph_nodes
 from lightning_robust.training import LogitsFunction
 
 __all__ = ["SeparateWeights"]
@@ -75,20 +75,15 @@ class SeparateWeights:
         Raises:
             ValueError: The graph of the loss leads to parameters of the module itself.
         """
-        pending: list[Any] = [] if self._looked or not loss.requires_grad else [loss.grad_fn]
-        seen: set[Any] = set()
-        while pending:
-            self._looked = True
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        if self._looked or not loss.requires_grad:
+            return
+        self._looked = True
+        for node in graph_nodes([loss]):
             if id(getattr(node, "variable", None)) in self._own:
                 raise ValueError(
                     f"{type(self._function.module).__name__}.forward keeps references to its parameters (in a list, "
                     "for example), so they cannot be exchanged for copies; let it use the attributes that hold them."
                 )
-            pending.extend(following for following, _ in node.next_functions)
 
 
 class _LogitsModule(nn.Module):

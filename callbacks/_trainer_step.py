@@ -34,12 +34,13 @@ class TrainerStep(SharpStep):
 
     def __init__(self, callback: "SharpnessAware", context: StepContext, batch: Any, run: RunStep) -> None:
         method = callback.method
-        reshard(context.pl_module)  # gathered copies stand in the place of the parameters
+        if callback._in_shards:
+            reshard(context.pl_module)  # gathered copies stand in the place of the parameters
         weights = Weights.of(context.trainer.optimizers[0], context.pl_module)
         held = {id(tensor) for tensor in weights.tensors}
         super().__init__(
             method,
-            (callback.perturb if callback.perturb is not None else method.default_parameters()).apply(weights),
+            method.selected(weights, callback.perturb),
             backup=callback._backup,
             replay=callback.replay,
             devices=context.devices if callback.replay else (),

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_robust.callbacks._answers import OncePerInput
 from lightning_robust.callbacks._network_input import NetworkInput
 from lightning_robust.checks import check_choice, check_non_negative
 from lightning_robust.distillation import KD, DistillationLoss, Network, Teacher, build_teacher
@@ -110,7 +111,7 @@ class Distillation(StepCallback):
         self._source = teacher if self.teacher is None else self.teacher
         self._recorded: dict[str, str] = {}  # what the checkpoint says about its teacher
         self._looked = False  # whether the first batch of the fit was watched
-        self._answered: tuple[Tensor, int, Tensor] | None = None  # input, its version, and the teacher's logits
+        self._answers = OncePerInput()
 
     @property
     @override
@@ -153,7 +154,7 @@ class Distillation(StepCallback):
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
         # Before the step: the teacher's activations are gone when the student's graph is built.
         seen = context.batch_as_loaded if self.teacher_sees == "loaded" else batch
-        teacher_logits = self._ask(self.batch.input_of(seen))
+        teacher_logits = self._answers.ask(self._built(), self.batch.input_of(seen))
         target = self.batch.target_of(batch) if self.loss.needs_target else None
         output = run(batch) if self._looked else self._watched(context, batch, run)
         loss = loss_of(output)
@@ -170,12 +171,12 @@ class Distillation(StepCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._answered = None
+        self._answers.forget()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._answered = None
+        self._answers.forget()
         if stage == "fit" and self.teacher is not None:
             self.teacher.to("cpu")  # the Trainer takes the student off the device as well
 
@@ -195,12 +196,6 @@ class Distillation(StepCallback):
     def _built(self) -> Teacher:
         assert self.teacher is not None, "setup builds the teacher"
         return self.teacher
-
-    def _ask(self, x: Tensor) -> Tensor:
-        """The teacher's logits, computed once per input however often the step is repeated."""
-        if self._answered is None or self._answered[0] is not x or self._answered[1] != x._version:
-            self._answered = x, x._version, self._built()(x)
-        return self._answered[2]
 
     def _refuse_another_teacher(self, trainer: L.Trainer, teacher: Teacher) -> None:
         recorded = self._recorded.get("fingerprint", teacher.fingerprint)

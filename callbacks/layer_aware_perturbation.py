@@ -12,7 +12,7 @@ from lightning_robust.callbacks._trainer_step import TrainerStep
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining
 from lightning_robust.callbacks.sharpness_aware import SharpnessAware
 from lightning_robust.sharpness import LAP, Gradients, ParameterSelection, SharedGradientAttack
-from lightning_robust.sharpness.lap_loop import check_single_step
+from lightning_robust.sharpness.lap_loop import single_step
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepContext
 
 __all__ = ["LayerAwarePerturbation"]
@@ -80,8 +80,7 @@ class LayerAwarePerturbation(SharpnessAware):
             logits_from=logits_from,
             batch=batch,
         )
-        self.attack = attack if attack is not None else FGSM(eps=8 / 255, step_size=10 / 255, random_start=True)
-        check_single_step(self.attack)
+        self.attack = single_step(attack)
 
     @override
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -8,8 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, no_grad
 from typing_extensions import override
 
+from lightning_robust.callbacks._answers import OncePerInput
 from lightning_robust.callbacks._epoch_window import EpochWindow
 from lightning_robust.callbacks._network_input import NetworkInput
+from lightning_robust.callbacks._strategies import keeps_whole_weights
 from lightning_robust.checks import check_in_range, check_non_negative, check_positive
 from lightning_robust.sharpness import WeightAverage, trajectory_loss
 from lightning_robust.training import (
@@ -97,7 +99,7 @@ class MESA(StepCallback):
         self._steps = 0  # optimizer steps that the average has followed
         self._looked = False  # whether the first batch with the term was watched
         self._function: LogitsFunction | None = None
-        self._answered: tuple[Tensor, int, Tensor] | None = None  # input, its version, and the average's logits
+        self._answers = OncePerInput()
 
     @override
     def passes(self, inner: float) -> float:
@@ -114,9 +116,7 @@ class MESA(StepCallback):
     @override
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().check(trainer, pl_module)
-        # by name: the classes exist twice, in `lightning` and in `pytorch_lightning`
-        strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
+        if not keeps_whole_weights(trainer):
             raise ValueError(
                 f"MESA averages whole weights, which {type(trainer.strategy).__name__} does not keep on one device; "
                 'use strategy="ddp" or a single device.'
@@ -144,7 +144,7 @@ class MESA(StepCallback):
         if context.trainer.current_epoch not in self.window:
             return run(batch)
         # Before the step: the average's activations are gone when the student's graph is built.
-        reference = self._ask(self.batch.input_of(batch))
+        reference = self._answers.ask(self._of_average, self.batch.input_of(batch))
         output = run(batch) if self._looked else self._watched(context, batch, run)
         loss = loss_of(output)
         if loss is None:
@@ -158,7 +158,7 @@ class MESA(StepCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._answered = None
+        self._answers.forget()
         if trainer.global_step == self._steps:  # gradients are being accumulated
             return
         self._steps = trainer.global_step
@@ -170,19 +170,16 @@ class MESA(StepCallback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._answered = None
+        self._answers.forget()
         if stage == "fit" and self.average is not None:
             copied: Any = self.average.module
             copied.trainer = None
             self.average.to("cpu")  # the Trainer takes the module off the device as well
 
-    def _ask(self, x: Tensor) -> Tensor:
-        """The average's logits, computed once per input however often the step is repeated."""
-        assert self._function is not None
-        if self._answered is None or self._answered[0] is not x or self._answered[1] != x._version:
-            with no_grad():
-                self._answered = x, x._version, self._function(x)
-        return self._answered[2]
+    def _of_average(self, x: Tensor) -> Tensor:
+        assert self._function is not None, "made in on_train_start"
+        with no_grad():
+            return self._function(x)
 
     def _watched(self, context: StepContext, batch: Any, run: RunStep) -> Any:
         self._looked = True

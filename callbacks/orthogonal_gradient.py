@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_robust.callbacks._strategies import keeps_whole_weights
 from lightning_robust.sharpness import ParameterSelection, orthogonalize
 
 __all__ = ["OrthogonalGradient"]
@@ -60,9 +61,7 @@ class OrthogonalGradient(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        # by name: the classes exist twice, in `lightning` and in `pytorch_lightning`
-        strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
+        if not keeps_whole_weights(trainer):
             raise ValueError(
                 f"OrthogonalGradient compares gradients with whole weights, which {type(trainer.strategy).__name__} "
                 'does not keep on one device; use strategy="ddp" or a single device.'

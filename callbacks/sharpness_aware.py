@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from lightning_robust.callbacks._strategies import is_strategy, keeps_whole_weights
 from lightning_robust.callbacks._trainer_step import TrainerStep
 from lightning_robust.checks import check_in_range, check_integer
 from lightning_robust.sharpness import (
@@ -129,6 +130,7 @@ class SharpnessAware(StepCallback):
         self.needs_logits = self.method.needs_sample_losses
         self._backup = WeightBackup()
         self._moves: PendingMoves | None = None
+        self._in_shards = False
         self._hidden: bool | None = None  # whether the step hides gradients; found out in the first one
 
     @override
@@ -140,11 +142,10 @@ class SharpnessAware(StepCallback):
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().check(trainer, pl_module)
         self.method.reset()  # a resumed fit gets its memory back right after setup
-        # by name: the classes exist twice, in `lightning` and in `pytorch_lightning`
-        strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if "ModelParallelStrategy" in strategies:
+        self._in_shards = is_strategy(trainer, "ModelParallelStrategy")
+        if self._in_shards:
             self._check_shards()
-        elif "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
+        elif not keeps_whole_weights(trainer):
             name = type(trainer.strategy).__name__
             raise ValueError(
                 f"SharpnessAware perturbs whole weights, which {name} does not keep on one device; "

@@ -16,6 +16,7 @@ from lightning_robust.callbacks._fixed_samples import FixedSamples
 from lightning_robust.callbacks._names import refuse_same_name
 from lightning_robust.callbacks._separate_weights import SeparateWeights
 from lightning_robust.callbacks._sharpness_reading import Reading, SampleLoss, reduction, silenced
+from lightning_robust.callbacks._strategies import keeps_whole_weights
 from lightning_robust.checks import check_choice, check_integer
 from lightning_robust.guards import buffers_restored, evaluation_mode, module_devices, rng_preserved
 from lightning_robust.losses import Criterion, CrossEntropy
@@ -160,9 +161,7 @@ class SharpnessMonitor(Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         refuse_same_name(trainer, self, lambda other: other.data == self.data)
-        # by name: the classes exist twice, in `lightning` and in `pytorch_lightning`
-        strategies = {cls.__name__ for cls in type(trainer.strategy).__mro__}
-        if "DeepSpeedStrategy" in strategies or not {"SingleDeviceStrategy", "DDPStrategy"} & strategies:
+        if not keeps_whole_weights(trainer):
             raise ValueError(
                 f"SharpnessMonitor needs whole weights, which {type(trainer.strategy).__name__} does not keep on one "
                 'device; use strategy="ddp" or a single device.'

@@ -60,7 +60,44 @@ class Constant(Schedule):
         return self.value
 
 
-class Linear(Schedule):
+class _Ramp(Schedule):
+    """From one value to another in a number of epochs.
+
+    Args:
+        start: Value in epoch 0.
+        end: Value at the end.
+        denominator: ``"T-1"`` to reach ``end`` in the last epoch, ``"T"`` to stop one step before it.
+        epochs: Number of epochs ``T``; by default ``max_epochs`` of the run.
+    """
+
+    def __init__(
+        self, *, start: float, end: float, denominator: Literal["T-1", "T"] = "T-1", epochs: int | None = None
+    ) -> None:
+        _check_finite("start", start)
+        _check_finite("end", end)
+        check_choice("denominator", denominator, ("T-1", "T"))
+        if epochs is not None:
+            check_integer("epochs", epochs, 1)
+        self.start = start
+        self.end = end
+        self.denominator = denominator
+        self.epochs = epochs
+
+    def _progress(self, epoch: int, max_epochs: int) -> float:
+        """How much of the way is done: from 0 to 1."""
+        check_integer("epoch", epoch, 0)
+        length = max_epochs if self.epochs is None else self.epochs
+        if length < 1:
+            raise ValueError(
+                f"Expected `max_epochs` to be known for a {type(self).__name__.lower()} schedule but got "
+                f"{max_epochs!r}; set `max_epochs` of the Trainer, or `epochs` of the schedule."
+            )
+        steps = length - 1 if self.denominator == "T-1" else length
+        # "T-1" with one epoch has no second point: it stays at its start.
+        return min(epoch / steps, 1.0) if steps else 0.0
+
+
+class Linear(_Ramp):
     """A straight line from ``start`` to ``end``, one value per epoch; after its last epoch it stays there.
 
     ``value(t) = start + (end - start) * t / D`` with ``D = T - 1`` (``end`` is reached in the last epoch) or
@@ -83,25 +120,12 @@ class Linear(Schedule):
         [0.1, 0.15, 0.2]
     """
 
-    def __init__(
-        self, *, start: float, end: float, denominator: Literal["T-1", "T"] = "T-1", epochs: int | None = None
-    ) -> None:
-        _check_finite("start", start)
-        _check_finite("end", end)
-        check_choice("denominator", denominator, ("T-1", "T"))
-        if epochs is not None:
-            check_integer("epochs", epochs, 1)
-        self.start = start
-        self.end = end
-        self.denominator = denominator
-        self.epochs = epochs
-
     @override
     def at(self, epoch: int, max_epochs: int) -> float:
-        return self.start + (self.end - self.start) * _progress(self, epoch, max_epochs)
+        return self.start + (self.end - self.start) * self._progress(epoch, max_epochs)
 
 
-class Cosine(Schedule):
+class Cosine(_Ramp):
     """Half a wave of the cosine from ``start`` to ``end``; after its last epoch it stays there.
 
     ``value(t) = end + (start - end) * (1 + cos(pi t / D)) / 2`` with ``D`` as in :class:`Linear`.
@@ -119,15 +143,9 @@ class Cosine(Schedule):
         [1.0, 0.5, 0.0]
     """
 
-    def __init__(
-        self, *, start: float, end: float, denominator: Literal["T-1", "T"] = "T-1", epochs: int | None = None
-    ) -> None:
-        line = Linear(start=start, end=end, denominator=denominator, epochs=epochs)
-        self.start, self.end, self.denominator, self.epochs = line.start, line.end, line.denominator, line.epochs
-
     @override
     def at(self, epoch: int, max_epochs: int) -> float:
-        wave = (1 + math.cos(math.pi * _progress(self, epoch, max_epochs))) / 2
+        wave = (1 + math.cos(math.pi * self._progress(epoch, max_epochs))) / 2
         return self.end + (self.start - self.end) * wave
 
 
@@ -159,19 +177,6 @@ class Piecewise(Schedule):
     def at(self, epoch: int, max_epochs: int) -> float:
         check_integer("epoch", epoch, 0)
         return next(value for begin, value in reversed(self.values.items()) if begin <= epoch)
-
-
-def _progress(schedule: Linear | Cosine, epoch: int, max_epochs: int) -> float:
-    check_integer("epoch", epoch, 0)
-    length = max_epochs if schedule.epochs is None else schedule.epochs
-    if length < 1:
-        raise ValueError(
-            f"Expected `max_epochs` to be known for a {type(schedule).__name__.lower()} schedule but got "
-            f"{max_epochs!r}; set `max_epochs` of the Trainer, or `epochs` of the schedule."
-        )
-    steps = length - 1 if schedule.denominator == "T-1" else length
-    # "T-1" with one epoch has no second point: it stays at its start.
-    return min(epoch / steps, 1.0) if steps else 0.0
 
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:

@@ -2,7 +2,7 @@
 """Cross-entropy with hard or soft targets and every common convention of label smoothing."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -217,15 +217,16 @@ class CrossEntropy(Criterion):
 
     @override
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
-            logits,
-            target,
-            label_smoothing=self.label_smoothing,
-            off_value=self.off_value,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return cross_entropy(logits, target, off_value=self.off_value, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """Arguments that the functions of this class and of its kin share."""
+        return {
+            "label_smoothing": self.label_smoothing,
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+        }
 
     @override
     def extra_repr(self) -> str:

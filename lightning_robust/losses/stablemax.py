@@ -165,15 +165,7 @@ class StableMax(CrossEntropy):
 
     @override
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return stablemax_cross_entropy(
-            logits,
-            target,
-            double=self.double_precision,
-            label_smoothing=self.label_smoothing,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return stablemax_cross_entropy(logits, target, double=self.double_precision, **self._options())
 
     @override
     def extra_repr(self) -> str:

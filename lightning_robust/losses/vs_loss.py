@@ -155,17 +155,7 @@ class VSLoss(CrossEntropy):
 
     @override
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return vs_loss(
-            logits,
-            target,
-            self.class_counts,
-            gamma=self.gamma,
-            tau=self.tau,
-            label_smoothing=self.label_smoothing,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        return vs_loss(logits, target, self.class_counts, gamma=self.gamma, tau=self.tau, **self._options())
 
     @override
     def extra_repr(self) -> str:

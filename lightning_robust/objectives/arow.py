@@ -2,7 +2,7 @@
 """ARoW: a robustness penalty that weighs most where the model is least robust."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lightning_robust.attacks import PGD, Attack
 from lightning_robust.attacks.conditions import Model
 from lightning_robust.checks import check_choice, check_in_range, check_non_negative
 from lightning_robust.losses import Criterion, cross_entropy, full_precision
-from lightning_robust.objectives.base import Objective, ObjectiveOutput, Prepared
+from lightning_robust.objectives.base import AttackedObjective, ObjectiveOutput, Prepared
 
 __all__ = ["ARoW", "arow_loss"]
 
@@ -92,7 +92,7 @@ def _penalties(
     return divergence * (1 - confidence if weighting == "arow" else confidence)
 
 
-class ARoW(Objective):
+class ARoW(AttackedObjective):
     r"""TRADES with its penalty shifted to the samples that the attack fools.
 
     .. math:: \mathrm{CE}_s(f(x), y) + \beta\, \mathrm{KL}\big(f(x) \,\|\, f(x')\big)\,\big(1 - f(x')_y\big), \qquad
@@ -135,8 +135,6 @@ class ARoW(Objective):
         ['natural', 'robust']
     """
 
-    attacks: ClassVar[bool] = True
-
     def __init__(
         self,
         *,
@@ -148,18 +146,17 @@ class ARoW(Objective):
         prob_eps: float = 1e-12,
         criterion: Criterion | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            PGD(eps=8 / 255, step_size=2 / 255, steps=10, loss="kl", random_start="uniform")
+            if attack is None
+            else attack
+        )
         check_non_negative("beta", beta)
         check_in_range("label_smoothing", label_smoothing, 0.0, 1.0)
         check_choice("weighting", weighting, ("arow", "cow"))
         check_choice("forwards", forwards, ("separate", "joint"))
         check_non_negative("prob_eps", prob_eps)
         self.beta = beta
-        self.attack = (
-            PGD(eps=8 / 255, step_size=2 / 255, steps=10, loss="kl", random_start="uniform")
-            if attack is None
-            else attack
-        )
         self.label_smoothing = label_smoothing
         self.weighting: Weighting = weighting
         self.forwards = forwards
@@ -167,16 +164,8 @@ class ARoW(Objective):
         self.criterion = criterion
 
     @override
-    def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
-        return Prepared(x, y, self.attack(model, x, y, generator=generator))
-
-    @override
     def forward(self, model: Model, prepared: Prepared) -> ObjectiveOutput:
-        assert prepared.x_adv is not None
-        if self.forwards == "joint":
-            clean, adv = model(torch.cat([prepared.x, prepared.x_adv])).chunk(2)
-        else:
-            clean, adv = model(prepared.x), model(prepared.x_adv)
+        clean, adv = self.clean_and_attacked(model, prepared, joint=self.forwards == "joint")
         natural = _natural(clean, prepared.y, self.label_smoothing, self.criterion)
         penalties = _penalties(clean, adv, prepared.y, self.weighting, self.prob_eps)
         robust = penalties.mean()

@@ -7,10 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from lightning_robust.attacks import Attack
 from lightning_robust.attacks.conditions import Model
 
-__all__ = ["Objective", "ObjectiveOutput", "Prepared"]
+__all__ = ["AttackedObjective", "Objective", "ObjectiveOutput", "Prepared"]
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,35 @@ class Objective(nn.Module, ABC):
             model: maps images to logits, in the mode and precision of the training step.
             prepared: what :meth:`prepare` made of the batch.
         """
+
+
+class AttackedObjective(Objective):
+    """An objective that looks at clean images beside attacked ones, which are made once per batch.
+
+    Args:
+        attack: finds the attacked images.
+    """
+
+    attacks: ClassVar[bool] = True
+
+    def __init__(self, attack: Attack) -> None:
+        super().__init__()
+        self.attack = attack
+
+    @override
+    def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
+        return Prepared(x, y, self.attack(model, x, y, generator=generator))
+
+    def clean_and_attacked(self, model: Model, prepared: Prepared, *, joint: bool) -> tuple[Tensor, Tensor]:
+        """Logits of the clean and of the attacked images.
+
+        Args:
+            model: maps images to logits.
+            prepared: what :meth:`prepare` made of the batch.
+            joint: run both in one batch, which matters for BatchNorm; otherwise clean, then attacked.
+        """
+        assert prepared.x_adv is not None, "made by prepare"
+        if not joint:
+            return model(prepared.x), model(prepared.x_adv)
+        clean, adv = model(torch.cat([prepared.x, prepared.x_adv])).chunk(2)
+        return clean, adv

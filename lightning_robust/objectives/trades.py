@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRADES: accuracy on clean images, traded against how far an attack moves the prediction."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_robust.attacks import PGD, Attack
 from lightning_robust.attacks.conditions import Model
+from lightning_robust.attacks.losses import kl_divergence
 from lightning_robust.checks import check_choice, check_non_negative
 from lightning_robust.losses import Criterion, cross_entropy, full_precision
-from lightning_robust.objectives.base import Objective, ObjectiveOutput, Prepared
+from lightning_robust.objectives.base import AttackedObjective, ObjectiveOutput, Prepared
 
 __all__ = ["TRADES", "trades_loss"]
 
@@ -59,14 +58,11 @@ def _parts(
 ) -> tuple[Tensor, Tensor]:
     """The loss on clean images, and the divergence of each sample."""
     natural = (cross_entropy if criterion is None else criterion)(full_precision(clean_logits), target)
-    log_p, log_q = (
-        full_precision(logits).log_softmax(1)
-        for logits in (clean_logits if kl_logits is None else kl_logits, adv_logits)
-    )
-    return natural, F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+    reference = full_precision(clean_logits if kl_logits is None else kl_logits).log_softmax(1)
+    return natural, kl_divergence(full_precision(adv_logits), reference)
 
 
-class TRADES(Objective):
+class TRADES(AttackedObjective):
     r"""Trades accuracy on clean images for robustness.
 
     .. math:: \mathrm{CE}(f(x), y) + \beta\, \mathrm{KL}\big(f(x) \,\|\, f(x')\big), \qquad
@@ -106,8 +102,6 @@ class TRADES(Objective):
         ['natural', 'robust']
     """
 
-    attacks: ClassVar[bool] = True
-
     def __init__(
         self,
         *,
@@ -117,20 +111,15 @@ class TRADES(Objective):
         detach_clean: bool = False,
         criterion: Criterion | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            PGD(eps=0.031, step_size=0.007, steps=10, loss="kl", random_start="normal") if attack is None else attack
+        )
         check_non_negative("beta", beta)
         check_choice("forwards", forwards, ("separate", "joint", "published", "published-awp"))
         self.beta = beta
-        self.attack = (
-            PGD(eps=0.031, step_size=0.007, steps=10, loss="kl", random_start="normal") if attack is None else attack
-        )
         self.forwards = forwards
         self.detach_clean = detach_clean
         self.criterion = criterion
-
-    @override
-    def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
-        return Prepared(x, y, self.attack(model, x, y, generator=generator))
 
     @override
     def forward(self, model: Model, prepared: Prepared) -> ObjectiveOutput:
@@ -147,16 +136,12 @@ class TRADES(Objective):
 
     def _logits(self, model: Model, prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the clean and the attacked images, and of the clean ones for the divergence."""
-        x, x_adv = prepared.x, prepared.x_adv
-        assert x_adv is not None
         if self.forwards == "published-awp":
-            adv, kl_logits, clean = model(x_adv), model(x), model(x)
+            assert prepared.x_adv is not None, "made by prepare"
+            adv, kl_logits, clean = model(prepared.x_adv), model(prepared.x), model(prepared.x)
             return clean, adv, kl_logits
-        if self.forwards == "joint":
-            clean, adv = model(torch.cat([x, x_adv])).chunk(2)
-        else:
-            clean, adv = model(x), model(x_adv)
-        return clean, adv, model(x) if self.forwards == "published" else clean
+        clean, adv = self.clean_and_attacked(model, prepared, joint=self.forwards == "joint")
+        return clean, adv, model(prepared.x) if self.forwards == "published" else clean
 
     @override
     def passes(self, inner: float) -> float:

@@ -20,6 +20,7 @@ from lightning_robust.sharpness.friendly_sam import FriendlySAM
 from lightning_robust.sharpness.gam import GAM
 from lightning_robust.sharpness.gradients import (
     global_norm,
+    graph_nodes,
     hides_gradients,
     own_memory,
     parameter_hooks_off,
@@ -100,6 +101,7 @@ __all__ = [
     "global_norm",
     "global_scales",
     "gradient_norm",
+    "graph_nodes",
     "hides_gradients",
     "hutchinson_trace",
     "inject_gradients",

@@ -68,7 +68,26 @@ def _finite(scale: Tensor, direction: Tensor) -> Tensor:
     return scale.clamp(max=torch.finfo(torch.float16).max) if direction.dtype == torch.float16 else scale
 
 
-class AWP(SharpnessMethod):
+class WeightTensorPerturbation(SharpnessMethod):
+    """What AWP, RWP and LAP have in common: they move weight tensors, and the pass at the moved ones counts."""
+
+    counted: Literal["clean", "perturbed"] = "perturbed"
+    ascent_only: ClassVar[bool] = True
+    #: Whether the method copes with an optimizer that decays weights apart from the gradient.
+    decays_either_way: ClassVar[bool] = False
+    decay_at_perturbed: bool
+
+    @override
+    def default_parameters(self) -> ParameterSelection:
+        return ParameterSelection(include="weight", min_ndim=2)
+
+    @override
+    def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if self.decay_at_perturbed:
+            check_decay(type(self).__name__, optimizer, apart=self.decays_either_way)
+
+
+class AWP(WeightTensorPerturbation):
     r"""Adversarial weight perturbation: each weight tensor moves uphill by a fraction of its own length.
 
     .. math:: e_l = \gamma \, \frac{\lVert w_l \rVert_2}{\lVert g_l(w) \rVert_2 + 10^{-20}} \, g_l(w),
@@ -104,22 +123,10 @@ class AWP(SharpnessMethod):
         AWP(gamma=0.005, decay_at_perturbed=True)
     """
 
-    counted: Literal["clean", "perturbed"] = "perturbed"
-    ascent_only: ClassVar[bool] = True
-
     def __init__(self, *, gamma: Radius = 0.01, decay_at_perturbed: bool = True) -> None:
         check_radius("gamma", gamma)
         self.gamma = gamma
         self.decay_at_perturbed = decay_at_perturbed
-
-    @override
-    def default_parameters(self) -> ParameterSelection:
-        return ParameterSelection(include="weight", min_ndim=2)
-
-    @override
-    def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
-        if self.decay_at_perturbed:
-            check_decay(type(self).__name__, optimizer)
 
     @override
     def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
@@ -169,11 +176,14 @@ class GlobalAWP(SharpnessMethod):
     @override
     def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
         offsets = weights.pick(gradients)
-        torch._foreach_mul_(offsets, global_scales(weights.perturbed.tensors, offsets, probe.radii(self.rho)))
+        torch._foreach_mul_(offsets, self._scales(weights.perturbed.tensors, offsets, probe.radii(self.rho)))
         return probe.gradient_at(offsets)
 
+    def _scales(self, tensors: list[Tensor], directions: Gradients, radii: list[float]) -> Tensor | list[Tensor]:
+        return global_scales(tensors, directions, radii)
 
-class SAMStyleAWP(SharpnessMethod):
+
+class SAMStyleAWP(GlobalAWP):
     r"""AWP over every parameter, with the weights back before the optimizer steps: the form in the code of ADR.
 
     .. math:: e_l = \rho \, \frac{\lVert w_l \rVert_2}{\lVert g_l(w) \rVert_2 + 10^{-20}} \, g_l(w),
@@ -201,14 +211,6 @@ class SAMStyleAWP(SharpnessMethod):
         SAMStyleAWP(rho=0.005)
     """
 
-    ascent_only: ClassVar[bool] = True
-
-    def __init__(self, *, rho: Radius = 0.005) -> None:
-        check_radius("rho", rho)
-        self.rho = rho
-
     @override
-    def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:
-        offsets = weights.pick(gradients)
-        torch._foreach_mul_(offsets, layerwise_scales(weights.perturbed.tensors, offsets, probe.radii(self.rho)))
-        return probe.gradient_at(offsets)
+    def _scales(self, tensors: list[Tensor], directions: Gradients, radii: list[float]) -> list[Tensor]:
+        return layerwise_scales(tensors, directions, radii)

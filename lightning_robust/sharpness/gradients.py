@@ -12,6 +12,7 @@ from lightning_robust.sharpness.sharded import is_sharded, local_parts, over_sha
 
 __all__ = [
     "global_norm",
+    "graph_nodes",
     "hides_gradients",
     "own_memory",
     "parameter_hooks_off",
@@ -128,14 +129,21 @@ def hides_gradients(loss: Tensor) -> bool:
     Args:
         loss: the end of the graph.
     """
-    pending: list[Any] = [loss.grad_fn]
+    return any(node.name().startswith("CheckpointFunctionBackward") for node in graph_nodes([loss]))
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graphs that end in ``tensors``, once.
+
+    Args:
+        tensors: the ends; one without a graph has no nodes.
+    """
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name().startswith("CheckpointFunctionBackward"):
-            return True
+        yield node
         pending.extend(following for following, _ in node.next_functions)
-    return False

@@ -8,13 +8,11 @@ import torch
 from typing_extensions import override
 
 from lightning_robust.checks import check_choice, check_integer, check_positive
-from lightning_robust.sharpness.awp import layerwise_scales
-from lightning_robust.sharpness.decay import add_decay, check_decay, shrink_as_decay
+from lightning_robust.sharpness.awp import WeightTensorPerturbation, layerwise_scales
+from lightning_robust.sharpness.decay import add_decay, shrink_as_decay
 from lightning_robust.sharpness.gradients import tensor_norms
-from lightning_robust.sharpness.method import SharpnessMethod
 from lightning_robust.sharpness.probe import Probe
 from lightning_robust.sharpness.radius import Radius, check_radius
-from lightning_robust.sharpness.selection import ParameterSelection
 from lightning_robust.sharpness.trial import trial_step
 from lightning_robust.sharpness.weights import Gradients, Weights
 
@@ -46,7 +44,7 @@ def layer_factors(count: int, gamma: float = 0.3, layers: int | None = None) -> 
     ]
 
 
-class LAP(SharpnessMethod):
+class LAP(WeightTensorPerturbation):
     r"""Layer-aware weight perturbation against catastrophic overfitting in single-step adversarial training.
 
     .. math:: e_l = \beta \Big(1 - \big(\tfrac{\ln l}{\ln N}\big)^{\gamma}\Big)
@@ -86,8 +84,7 @@ class LAP(SharpnessMethod):
         1
     """
 
-    counted: Literal["clean", "perturbed"] = "perturbed"
-    ascent_only: ClassVar[bool] = True
+    decays_either_way: ClassVar[bool] = True
     collective: ClassVar[bool] = True
     moves_after_step: ClassVar[bool] = True
 
@@ -119,17 +116,12 @@ class LAP(SharpnessMethod):
         return self.track_start
 
     @override
-    def default_parameters(self) -> ParameterSelection:
-        return ParameterSelection(include="weight", min_ndim=2)
-
-    @override
     def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is None:
             raise ValueError(
                 "LAP perturbs weights along the optimizer's step; give the optimizer instead of parameters."
             )
-        if self.decay_at_perturbed:
-            check_decay(type(self).__name__, optimizer, apart=True)
+        super().check_optimizer(optimizer)
 
     @override
     def direction(self, weights: Weights, gradients: Gradients, probe: Probe) -> Gradients:

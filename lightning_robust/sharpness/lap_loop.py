@@ -19,7 +19,8 @@ class SharedGradientAttack:
     """The images of both passes of a step: where the attack starts, and what it makes of the gradient there.
 
     Args:
-        attack: a single-step attack; its ``mode`` does not matter, for the step itself runs the model.
+        attack: a single-step attack, that of R-LAP when ``None``; its ``mode`` does not matter, for the step itself
+            runs the model.
         x: clean images ``[B, ...]``.
         generator: source of randomness on the device of ``x``.
         start: where to start, used as it is; drawn when ``None``.
@@ -36,8 +37,8 @@ class SharedGradientAttack:
         tensor([[0.6000, 0.4000]])
     """
 
-    def __init__(self, attack: FGSM, x: Tensor, generator: torch.Generator, start: Tensor | None = None) -> None:
-        check_single_step(attack)
+    def __init__(self, attack: FGSM | None, x: Tensor, generator: torch.Generator, start: Tensor | None = None) -> None:
+        attack = single_step(attack)
         if x.device.type == "cpu":
             attack.space.check(x)
         self.attack = attack
@@ -63,17 +64,23 @@ class SharedGradientAttack:
         return self.attack.step(full_precision(self.x), start, full_precision(gradient)).to(self.x.dtype)
 
 
-def check_single_step(attack: FGSM) -> None:
-    """Raise ``ValueError`` unless one gradient of the training loss is all that the attack needs.
+def single_step(attack: FGSM | None) -> FGSM:
+    """An attack that needs one gradient of the training loss only; that of R-LAP when ``None``.
 
     Args:
         attack: the attack.
+
+    Raises:
+        ValueError: it needs more.
     """
+    if attack is None:
+        return FGSM(eps=8 / 255, step_size=10 / 255, random_start=True)
     if attack.steps != 1 or attack.restarts != 1 or attack.loss != "ce" or attack.targeted:
         raise ValueError(
             "The attack uses the gradient of the training loss at its start, so it has one step, one start and no "
             f"loss or target of its own; {attack!r} has."
         )
+    return attack
 
 
 def lap_backward(
@@ -127,7 +134,6 @@ def lap_backward(
         >>> loss = lap_backward(model, torch.rand(8, 4), torch.arange(8) % 3, LAP(beta=0.002), optimizer)
         >>> optimizer.step()
     """
-    attack = attack if attack is not None else FGSM(eps=8 / 255, step_size=10 / 255, random_start=True)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(int(torch.randint(2**62, ())))
     images = SharedGradientAttack(attack, x, generator, start)

@@ -17,6 +17,7 @@ from lightning_robust.sharpness.gradients import hides_gradients
 from lightning_robust.sharpness.injection import inject_gradients
 from lightning_robust.sharpness.method import Evaluation, SharpnessMethod
 from lightning_robust.sharpness.moves import PendingMoves
+from lightning_robust.sharpness.probe import unknown_step
 from lightning_robust.sharpness.selection import ParameterSelection
 from lightning_robust.sharpness.sharded import is_sharded, reshard
 from lightning_robust.sharpness.step import SharpStep
@@ -94,22 +95,22 @@ def sharp_backward(
     weights = Weights.of(parameters, module)
     if not len(weights):
         raise ValueError("No trainable parameter was given, so there is nothing to perturb.")
-    weights = (perturb if perturb is not None else method.default_parameters()).apply(weights)
+    optimizer = parameters if isinstance(parameters, torch.optim.Optimizer) else None
+    method.check_optimizer(optimizer)
     plain = _PlainStep(
         method,
-        weights,
+        method.selected(weights, perturb),
+        closures=(closure, ascent_closure or closure),
+        optimizer=optimizer,
+        steps=None if step is None else (step, total_steps),
+        share=1.0 / accumulate,
         backup=_backup_of(parameters),
         replay=replay,
         devices={tensor.device for tensor in weights.tensors},
         module=module,
+        inputs=ascent_inputs,
         ascent_apart=ascent_closure is not None,
     )
-    plain.closures = closure, ascent_closure or closure
-    plain.inputs = list(ascent_inputs)
-    plain.base = parameters if isinstance(parameters, torch.optim.Optimizer) else None
-    method.check_optimizer(plain.base)
-    plain.steps = None if step is None else (step, total_steps)
-    plain.share = 1.0 / accumulate
     taken = plain.run()
     loss = plain.counted_loss
     if taken is None or loss is None:
@@ -123,19 +124,32 @@ def sharp_backward(
 class _PlainStep(SharpStep):
     """Passes are calls of a closure."""
 
-    closures: tuple[Callable[[], Tensor], Callable[[], Tensor]]
-    base: torch.optim.Optimizer | None
-    steps: tuple[int, int] | None
-    share: float
+    def __init__(
+        self,
+        method: SharpnessMethod,
+        weights: Weights,
+        *,
+        closures: tuple[Callable[[], Tensor], Callable[[], Tensor]],
+        optimizer: torch.optim.Optimizer | None,
+        steps: tuple[int, int] | None,
+        share: float,
+        **options: Any,
+    ) -> None:
+        super().__init__(method, weights, **options)
+        self._closures = closures  # of the training loss, and of the one that leads the ascent
+        self._optimizer = optimizer
+        self._steps = steps
+        self._share = share
+        self._hidden: bool | None = None  # whether the loss hides gradients; found out in the first pass
 
     @property
     @override
     def optimizer(self) -> torch.optim.Optimizer | None:
-        return self.base
+        return self._optimizer
 
     @override
     def evaluate(self, *, counted: bool, ascent: bool) -> Evaluation:
-        losses = self.closures[ascent]()
+        losses = self._closures[ascent]()
         return Evaluation(losses.mean() if losses.ndim else losses, lambda: _per_sample(losses))
 
     @override
@@ -144,16 +158,15 @@ class _PlainStep(SharpStep):
 
     @override
     def gradients(self, loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
-        return self.take(loss, tensors, hidden=not self.sharded and hides_gradients(loss))
+        if self._hidden is None:
+            self._hidden = not self.sharded and hides_gradients(loss)
+        return self.take(loss, tensors, hidden=self._hidden)
 
     @override
     def clock(self) -> tuple[int, int]:
-        if self.steps is None:
-            raise ValueError(
-                f"{type(self.method).__name__} needs to know the step, for an interval or a schedule; pass step=... "
-                "(and total_steps=...) to sharp_backward."
-            )
-        return self.steps
+        if self._steps is None:
+            raise unknown_step(type(self.method).__name__)
+        return self._steps
 
     @override
     def average(self, tensors: list[Tensor]) -> None:
@@ -161,11 +174,11 @@ class _PlainStep(SharpStep):
 
     @override
     def moves(self) -> PendingMoves:
-        assert self.base is not None, "the probe asks only if there is an optimizer"
-        if self.base not in _MOVES:
-            _MOVES[self.base] = PendingMoves(self.base, average_over_processes)
-        moves = _MOVES[self.base]
-        moves.share = self.share
+        assert self._optimizer is not None, "the probe asks only if there is an optimizer"
+        if self._optimizer not in _MOVES:
+            _MOVES[self._optimizer] = PendingMoves(self._optimizer, average_over_processes)
+        moves = _MOVES[self._optimizer]
+        moves.share = self._share
         return moves
 
 

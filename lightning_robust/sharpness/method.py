@@ -75,6 +75,15 @@ class SharpnessMethod:
             optimizer: the base optimizer, where there is one.
         """
 
+    def selected(self, weights: Weights, perturb: ParameterSelection | None = None) -> Weights:
+        """The same weights, of which only the chosen ones may be perturbed.
+
+        Args:
+            weights: the weights to choose from.
+            perturb: the user's choice; that of the method when ``None``.
+        """
+        return (self.default_parameters() if perturb is None else perturb).apply(weights)
+
     def ascent_loss(self, evaluation: Evaluation) -> Tensor:
         """The scalar whose gradient leads the ascent; the training loss unless a method says otherwise.
 

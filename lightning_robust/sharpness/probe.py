@@ -131,8 +131,17 @@ class Probe:
         self._moves().add(self.weights.perturbed.tensors, offsets)
 
 
-def _no_step() -> tuple[int, int]:
-    raise ValueError(
-        "This method needs to know the step, for an interval or a schedule; pass step=... (and total_steps=...) to "
+def unknown_step(who: str = "This method") -> ValueError:
+    """The refusal of a method that asks for a step that nobody told.
+
+    Args:
+        who: what it begins with.
+    """
+    return ValueError(
+        f"{who} needs to know the step, for an interval or a schedule; pass step=... (and total_steps=...) to "
         "sharp_backward."
     )
+
+
+def _no_step() -> tuple[int, int]:
+    raise unknown_step()

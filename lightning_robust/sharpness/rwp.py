@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Robust weight perturbation: AWP that climbs the losses of well-fitted samples only, in several steps."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.checks import check_integer, check_positive
-from lightning_robust.sharpness.awp import global_scales
-from lightning_robust.sharpness.decay import add_decay, check_decay
+from lightning_robust.sharpness.awp import WeightTensorPerturbation, global_scales
+from lightning_robust.sharpness.decay import add_decay
 from lightning_robust.sharpness.gradients import global_norm
-from lightning_robust.sharpness.method import Evaluation, SharpnessMethod
+from lightning_robust.sharpness.method import Evaluation
 from lightning_robust.sharpness.probe import Probe
 from lightning_robust.sharpness.radius import Radius, check_radius
-from lightning_robust.sharpness.selection import ParameterSelection
 from lightning_robust.sharpness.weights import Gradients, Weights
 
 __all__ = ["RWP", "stationary_loss"]
@@ -36,7 +35,7 @@ def stationary_loss(sample_losses: Tensor, threshold: float) -> Tensor:
     return torch.where(sample_losses.detach() < threshold, sample_losses, 0.0).mean()
 
 
-class RWP(SharpnessMethod):
+class RWP(WeightTensorPerturbation):
     r"""Robust weight perturbation: only samples of small loss push the weights, in several small climbs.
 
     .. math::
@@ -78,8 +77,6 @@ class RWP(SharpnessMethod):
         10
     """
 
-    counted: Literal["clean", "perturbed"] = "perturbed"
-    ascent_only: ClassVar[bool] = True
     needs_sample_losses: ClassVar[bool] = True
 
     def __init__(
@@ -102,15 +99,6 @@ class RWP(SharpnessMethod):
     @override
     def extra_passes(self) -> float:
         return self.inner_steps
-
-    @override
-    def default_parameters(self) -> ParameterSelection:
-        return ParameterSelection(include="weight", min_ndim=2)
-
-    @override
-    def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
-        if self.decay_at_perturbed:
-            check_decay(type(self).__name__, optimizer)
 
     @override
     def ascent_loss(self, evaluation: Evaluation) -> Tensor:

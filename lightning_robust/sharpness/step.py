@@ -35,6 +35,7 @@ class SharpStep(ABC):
         replay: every pass sees the random numbers of the first.
         devices: accelerators whose generators count.
         module: holds the weights, where it is known.
+        inputs: leaf tensors besides the weights, images say, whose ``.grad`` is set by passes that do not count.
         bystanders: trainable tensors that are not optimized; their gradients are those of the counted pass.
         ascent_apart: the ascent is led by another loss than the counted one, of a part of the batch for example.
     """
@@ -48,6 +49,7 @@ class SharpStep(ABC):
         replay: bool,
         devices: Iterable[torch.device],
         module: nn.Module | None = None,
+        inputs: Iterable[Tensor] = (),
         bystanders: list[Tensor] | None = None,
         ascent_apart: bool = False,
     ) -> None:
@@ -60,8 +62,7 @@ class SharpStep(ABC):
         self.clean_loss: Tensor | None = None
         self.moved_loss: Tensor | None = None
         self.counted_loss: Tensor | None = None
-        #: Leaf tensors besides the weights, images say, whose ``.grad`` is set by passes that do not count.
-        self.inputs: list[Tensor] = []
+        self.inputs = list(inputs)
         self._backup = backup
         self._replay = replay
         self._devices = set(devices)
@@ -173,7 +174,7 @@ class SharpStep(ABC):
             first = self._pass(counted=not late, ascent=late, loss_of=self.method.ascent_loss)
             if first is None:
                 if late:
-                    self.evaluate(counted=True, ascent=False)  # what a plain step would have run
+                    self._evaluate(counted=True, ascent=False)  # what a plain step would have run
                 return None
             loss, gradients = first
             if not self.ascent_apart:
@@ -220,23 +221,27 @@ class SharpStep(ABC):
 
     def _pass(self, *, counted: bool, ascent: bool, loss_of: LossOf) -> tuple[Tensor, Gradients] | None:
         """The training loss at the present weights, and the gradient of what ``loss_of`` makes of the pass."""
-        if self._passes:
-            # autocast keeps low-precision copies of weights; they belong to the values before the move
-            torch.clear_autocast_cache()
-            if self._before is not None:
-                self._before.restore()
-        self._passes += 1
         moves_buffers = ascent and self.method.ascent_moves_buffers
         with nullcontext() if counted else self.uncounted(restore_buffers=not moves_buffers):
-            evaluation = self.evaluate(counted=counted, ascent=ascent)
-            if counted and self._replay:
-                self._after = RandomState.capture(self._devices)
+            evaluation = self._evaluate(counted=counted, ascent=ascent)
             if evaluation is None or not evaluation.loss.requires_grad:
                 return None
             loss = evaluation.loss.detach()
             if counted:
                 self.counted_loss = loss
             return loss, self._take(loss_of(evaluation), counted=counted)
+
+    def _evaluate(self, *, counted: bool, ascent: bool) -> Evaluation | None:
+        if self._passes:
+            # autocast keeps low-precision copies of weights; they belong to the values before the move
+            torch.clear_autocast_cache()
+            if self._before is not None:
+                self._before.restore()
+        self._passes += 1
+        evaluation = self.evaluate(counted=counted, ascent=ascent)
+        if counted and self._replay:
+            self._after = RandomState.capture(self._devices)
+        return evaluation
 
     def _take(self, loss: Tensor, *, counted: bool) -> Gradients:
         tensors = self.weights.tensors

@@ -3,13 +3,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_robust.checks import check_choice, check_positive
+from lightning_robust.sharpness.gradients import graph_nodes
 from lightning_robust.sharpness.weight_function import WeightFunction
 
 __all__ = ["HessianMethod", "LossSurface"]
@@ -163,19 +164,12 @@ def _raise_what_is_delayed(gradients: Sequence[Tensor | None], tensors: Sequence
     It hangs them on leaves of its own, so that differentiating by ``tensors`` would pass them by and give zero.
     """
     weights = {id(tensor) for tensor in tensors}
-    pending: list[Any] = [gradient.grad_fn for gradient in gradients if gradient is not None]
-    seen: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(gradient for gradient in gradients if gradient is not None):
         following = [after for after, _ in node.next_functions if after is not None]
         if node.name().endswith("::Error") and all(
             hasattr(after, "variable") and id(after.variable) not in weights for after in following
         ):
             raise RuntimeError("trying to differentiate twice a function marked with @once_differentiable")
-        pending.extend(following)
 
 
 @contextmanager

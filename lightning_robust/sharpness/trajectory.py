@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.losses import kl_divergence
 from lightning_robust.checks import check_choice, check_integer, check_positive
 from lightning_robust.losses import full_precision
 
@@ -50,9 +51,8 @@ def trajectory_loss(
             f"Expected logits and reference of one shape but got {tuple(logits.shape)} and "
             f"{tuple(reference_logits.shape)}."
         )
-    log_p = torch.log_softmax(full_precision(reference_logits.detach()) / temperature, dim=1)
-    log_q = torch.log_softmax(full_precision(logits) / temperature, dim=1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    reference = (full_precision(reference_logits.detach()) / temperature).log_softmax(1)
+    divergence = kl_divergence(full_precision(logits) / temperature, reference)
     if known is not None:
         divergence = torch.where(known.view(-1, *[1] * (divergence.ndim - 1)), divergence, 0.0)
     return temperature**2 * divergence.mean()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from functools import partial
 
 import lightning as L
 import pytest
@@ -10,27 +11,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from lightning_robust.callbacks import MESA, SharpnessAware
-from lightning_robust.data import EpochSampler, ResumableDataLoader
 from lightning_robust.sharpness import SAM, sharp_backward
-from support.modules import CollectionModule, DictModule, Images, ManualModule, PlainModule, trainer
+from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, trainer
+from support.shuffled import close, differ, shuffled
+from support.shuffled import fit as shuffled_fit
 
 EPOCHS, BATCHES, DECAY = 3, 4, 0.8
+fit = partial(shuffled_fit, max_epochs=EPOCHS)
 
 
 def mesa(**kwargs):
     return MESA(**{"weight": 2.0, "temperature": 2.0, "start_epoch": 0, "decay": DECAY, **kwargs})
-
-
-def shuffled(form="pair"):
-    data = Images(22, form)
-    return ResumableDataLoader(data, 6, sampler=EpochSampler(data, seed=5))
-
-
-def fit(module, *callbacks, loader=None, ckpt_path=None, **kwargs):
-    L.seed_everything(0)
-    run = trainer(*callbacks, **{"max_epochs": EPOCHS, **kwargs})
-    run.fit(module, loader or shuffled(), ckpt_path=ckpt_path)
-    return run
 
 
 def plain_loop(module, *, active=range(1, 99), sharp=None, accumulate=1, context=None):
@@ -67,17 +58,6 @@ def plain_loop(module, *, active=range(1, 99), sharp=None, accumulate=1, context
                     if value.is_floating_point():
                         value.copy_(DECAY * value + (1 - DECAY) * state[name])
     return average.state_dict()
-
-
-def close(ours, reference, **tolerance):
-    state = reference.state_dict()
-    for name, value in ours.state_dict().items():
-        if not name.startswith("train_acc"):
-            torch.testing.assert_close(value, state[name], **{"rtol": 1e-5, "atol": 1e-6, **tolerance}, msg=name)
-
-
-def differ(first, second):
-    return any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 CASES = {

@@ -1,8 +1,8 @@
 """SAF against a plain loop with a dictionary of past logits, in every setting of the Trainer that could disturb it."""
 
 import contextlib
+from functools import partial
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,28 +11,18 @@ from torch.utils.data import DataLoader
 
 from lightning_robust.attacks import PGD
 from lightning_robust.callbacks import SAF, AdversarialTraining, LogitRegularization, SharpnessAware
-from lightning_robust.data import EpochSampler, ResumableDataLoader
 from lightning_robust.losses import MaxSup
 from lightning_robust.sharpness import SAM, sharp_backward
-from support.modules import CollectionModule, DictModule, Images, ManualModule, PlainModule, trainer
+from support.modules import CollectionModule, DictModule, Images, ManualModule, PlainModule
+from support.shuffled import close, differ, shuffled
+from support.shuffled import fit as shuffled_fit
 
 EPOCHS, BATCHES = 4, 4
+fit = partial(shuffled_fit, max_epochs=EPOCHS)
 
 
 def saf(**kwargs):
     return SAF(**{"weight": 2.0, "temperature": 2.0, "start_epoch": 0, "lag": 1, **kwargs})
-
-
-def shuffled(form="pair", length=22):
-    data = Images(length, form)
-    return ResumableDataLoader(data, 6, sampler=EpochSampler(data, seed=5))
-
-
-def fit(module, *callbacks, loader=None, ckpt_path=None, **kwargs):
-    L.seed_everything(0)
-    run = trainer(*callbacks, **{"max_epochs": EPOCHS, **kwargs})
-    run.fit(module, loader or shuffled(), ckpt_path=ckpt_path)
-    return run
 
 
 def plain_loop(module, *, lag=1, active=range(1, 99), unseen="skip", sharp=None, accumulate=1, context=None):
@@ -75,17 +65,6 @@ def plain_loop(module, *, lag=1, active=range(1, 99), unseen="skip", sharp=None,
             if (number + 1) % accumulate == 0 or number + 1 == BATCHES:
                 optimizer.step()
     return slots, terms
-
-
-def close(ours, reference, **tolerance):
-    state = reference.state_dict()
-    for name, value in ours.state_dict().items():
-        if not name.startswith("train_acc"):
-            torch.testing.assert_close(value, state[name], **{"rtol": 1e-5, "atol": 1e-6, **tolerance}, msg=name)
-
-
-def differ(first, second):
-    return any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 CASES = {

@@ -12,6 +12,7 @@ from lightning_robust.callbacks import ObjectiveTraining, SharpnessAware
 from lightning_robust.objectives import TRADES
 from lightning_robust.schedules import Linear
 from lightning_robust.sharpness import ASAM, MSAM, SAM, ParameterSelection, SharpnessMethod, sharp_backward
+from support.methods import Late
 from support.modules import CollectionModule, DictModule, ManualModule, PlainModule, loader, trainer, weights_of
 
 
@@ -81,16 +82,6 @@ def test_logs_and_metrics_are_those_of_the_clean_pass():
         run.callback_metrics["train/sharpness_gap"], (torch.stack(moved) - torch.stack(clean)).mean()
     )
     assert counts == [1, 1, 2, 2, 3, 3, 4, 4]
-
-
-class Late(SharpnessMethod):
-    """The pass at the perturbed weights counts."""
-
-    counted = "perturbed"
-    ascent_only = True
-
-    def direction(self, weights, gradients, probe):
-        return probe.gradient_at(gradients, 0.5)
 
 
 class Watched(PlainModule):

@@ -4,9 +4,6 @@ import copy
 import functools
 import os
 import random
-import sys
-import warnings
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -34,7 +31,7 @@ from support.modules import (
     trainer,
     weights_of,
 )
-from support.ranks import WORLD, launch
+from support.ranks import WORLD, as_rank, launch
 from support.reference import METHODS, SEED, attack, train
 
 SHARP = [
@@ -671,8 +668,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main, quiet=True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_robust.schedules import Piecewise
 from lightning_robust.sharpness import SAM, FisherSAM, ParameterSelection, Weights, sharp_backward, top_entries
-from support.explicit import Problem, identical, norm, plus, same, through_file
+from support.explicit import Problem, check_continued, identical, norm, plus, same, through_file
 
 SCORED = ("first.weight", "layer_norm.weight", "last.weight")
 
@@ -186,21 +186,7 @@ def test_unusable_gradients_keep_the_mask(factor):
 
 
 def test_the_memory_survives_a_checkpoint():
-    problem = Problem()
-    method = FisherSAM(keep_ratio=0.2, refresh_every=5)
-    sharp_backward(problem.closure(0), method, problem.net, step=0)
-    state = through_file(method.state_dict())
-    kept = through_file(state)
-    resumed = FisherSAM(keep_ratio=0.2, refresh_every=5)
-    resumed.load_state_dict(state)
-    grads = []
-    for each in (method, resumed):
-        problem.net.zero_grad()
-        for step in range(1, 8):
-            sharp_backward(problem.closure(step), each, problem.net, step=step)
-            grads.append({name: value.clone() for name, value in problem.grads().items()})
-    assert all(identical(*pair) for pair in zip(grads[:7], grads[7:], strict=True))
-    assert identical(state, kept)
+    check_continued(lambda: FisherSAM(keep_ratio=0.2, refresh_every=5), first=1, steps=7)
 
 
 def test_a_reset_forgets_the_step_too():

@@ -6,7 +6,7 @@ import torch
 from lightning_robust.schedules import Piecewise
 from lightning_robust.sharpness import SAM, LookSAM, ParameterSelection, sharp_backward
 from lightning_robust.sharpness.look_sam import orthogonal_part_
-from support.explicit import Problem, identical, norm, plus, same, through_file
+from support.explicit import Problem, check_continued, identical, norm, plus, same, through_file
 
 
 def parts(vectors, per_tensor):
@@ -213,22 +213,7 @@ def test_it_needs_to_know_the_step():
 
 
 def test_the_memory_survives_a_checkpoint():
-    problem = Problem()
-    method = LookSAM(interval=4, rho=0.3)
-    for step in range(2):
-        sharp_backward(problem.closure(step), method, problem.net, step=step)
-    state = through_file(method.state_dict())
-    kept = through_file(state)
-    resumed = LookSAM(interval=4, rho=0.3)
-    resumed.load_state_dict(state)
-    grads = []
-    for each in (method, resumed):
-        problem.net.zero_grad()
-        for step in range(2, 9):
-            sharp_backward(problem.closure(step), each, problem.net, step=step)
-            grads.append({name: value.clone() for name, value in problem.grads().items()})
-    assert all(identical(*pair) for pair in zip(grads[:7], grads[7:], strict=True))
-    assert identical(state, kept)  # what was loaded is not written to
+    check_continued(lambda: LookSAM(interval=4, rho=0.3), first=2, steps=7)
 
 
 def test_going_back_to_a_checkpoint_forgets_the_batches_since():

@@ -8,16 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_robust.sharpness import SAM, SharpnessMethod, sharp_backward
-
-
-class Late(SharpnessMethod):
-    """Climbs along the gradient; the pass at the perturbed weights counts."""
-
-    counted = "perturbed"
-    ascent_only = True
-
-    def direction(self, weights, gradients, probe):
-        return probe.gradient_at(gradients, 0.5)
+from support.methods import Late
 
 
 class Ahead(SharpnessMethod):

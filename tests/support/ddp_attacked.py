@@ -1,7 +1,6 @@
 """One rank of a DDP run with attacks; `python -m support.ddp_attacked FOLDER` under torchrun's variables."""
 
 import os
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +11,7 @@ from lightning_robust.callbacks import AdversarialTraining, ObjectiveTraining, R
 from lightning_robust.objectives import TRADES
 from lightning_robust.training import Stage, StepCallback
 from support.modules import PlainModule, loader, trainer, weights_of
+from support.ranks import as_rank
 
 LIMIT = 11  # uneven: the first rank attacks one image more
 
@@ -58,7 +58,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main)

@@ -1,9 +1,6 @@
 """Runs every method under two-process DDP; started once by the tests, two processes at a time."""
 
 import os
-import sys
-import warnings
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -17,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_robust.callbacks import SharpnessAware
 from lightning_robust.sharpness import SAM, sharp_backward
 from support.modules import Images, PlainModule, trainer
-from support.ranks import WORLD
+from support.ranks import WORLD, as_rank
 from support.reference import METHODS, SEED
 
 
@@ -119,8 +116,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main, quiet=True)

@@ -1,9 +1,6 @@
 """One rank of DDP runs of methods that remember; `python -m support.ddp_memory FOLDER` under torchrun's variables."""
 
 import os
-import sys
-import warnings
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -15,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_robust.callbacks import SharpnessAware
 from lightning_robust.sharpness import FisherSAM, FriendlySAM, LookSAM, sharp_backward
 from support.modules import Images, PlainModule, trainer
-from support.ranks import WORLD
+from support.ranks import WORLD, as_rank
 
 SEED, EPOCHS, ACCUMULATE, INTERVAL = 3, 3, 2, 3
 METHODS = {
@@ -83,8 +80,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main, quiet=True)

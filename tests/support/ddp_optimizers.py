@@ -1,9 +1,6 @@
 """Optimizer-side methods under two-process DDP; started once by the tests, two processes at a time."""
 
 import os
-import sys
-import warnings
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -16,7 +13,7 @@ from lightning_robust.callbacks import OrthogonalGradient, SharpnessAware
 from lightning_robust.optimizers import AdaHessian
 from lightning_robust.sharpness import SAM
 from support.modules import Images, PlainModule, network, trainer
-from support.ranks import WORLD
+from support.ranks import WORLD, as_rank
 from support.reference import SEED
 
 OPTIONS = {"lr": 0.01, "eps": 1e-2, "update_each": 2, "n_samples": 2}
@@ -99,8 +96,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main, quiet=True)

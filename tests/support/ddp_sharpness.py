@@ -1,7 +1,6 @@
 """One rank of DDP runs that watch their sharpness; `python -m support.ddp_sharpness FOLDER`."""
 
 import os
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -9,6 +8,7 @@ import torch
 
 from lightning_robust.callbacks import SharpnessMonitor
 from support.modules import PlainModule, loader, trainer, weights_of
+from support.ranks import as_rank
 
 OPTIONS = {"trace_products": 3, "ascent_steps": 2}
 RUNS = {
@@ -48,7 +48,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main)

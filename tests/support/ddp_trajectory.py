@@ -1,9 +1,6 @@
 """One rank of DDP runs with SAF and MESA; `python -m support.ddp_trajectory FOLDER` under torchrun's variables."""
 
 import os
-import sys
-import warnings
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -16,7 +13,7 @@ from lightning_robust.data import EpochSampler, ResumableDataLoader
 from lightning_robust.sharpness import LogitHistory, trajectory
 from lightning_robust.training import PerSampleCallback, Stage
 from support.modules import CollectionModule, Images, PlainModule, trainer
-from support.ranks import WORLD
+from support.ranks import WORLD, as_rank
 
 SAMPLES, EPOCHS, BATCHES = 21, 4, 4  # 11 samples per rank, one of them twice; the last batch has 2
 STEPS = (2, BATCHES, 6, 11)  # in the first epoch, at its end, in the middle and near the end of others
@@ -95,8 +92,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
-    # leave together: a rank whose partner is gone may crash on its way out
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    as_rank(main, quiet=True)

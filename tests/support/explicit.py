@@ -7,6 +7,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightning_robust.sharpness import sharp_backward
+
 CLASSES = 3
 
 
@@ -89,6 +91,24 @@ def same(first, second, rtol=1e-10, atol=1e-13):
 
 def identical(first, second):
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def check_continued(make, first, steps):
+    """A method made by `make` that was saved and loaded after `first` steps goes on as if nothing had happened."""
+    problem, method, resumed = Problem(), make(), make()
+    for step in range(first):
+        sharp_backward(problem.closure(step), method, problem.net, step=step)
+    state = through_file(method.state_dict())
+    kept = through_file(state)
+    resumed.load_state_dict(state)
+    grads = []
+    for each in (method, resumed):
+        problem.net.zero_grad()
+        for step in range(first, first + steps):
+            sharp_backward(problem.closure(step), each, problem.net, step=step)
+            grads.append({name: value.clone() for name, value in problem.grads().items()})
+    assert all(identical(*pair) for pair in zip(grads[:steps], grads[steps:], strict=True))
+    assert identical(state, kept)  # what was loaded is not written to
 
 
 def through_file(state):

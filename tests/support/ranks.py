@@ -4,7 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import torch
 
 WORLD = 2
 
@@ -39,3 +42,13 @@ def launch(*command, **options):
     outputs = [process.communicate(timeout=280)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
     return outputs
+
+
+def as_rank(main, *, quiet=False):
+    """What a script does that :func:`launch` started: run `main(folder)` and leave together with the others."""
+    if quiet:
+        warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))
+    # a rank whose partner is gone may crash on its way out
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

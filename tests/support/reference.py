@@ -277,7 +277,7 @@ def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate
         late = method.sharp is not None and method.sharp.counted == "perturbed"
         weights = Weights.of(optimizer, module)
         if method.sharp is not None:
-            weights = method.sharp.default_parameters().apply(weights)
+            weights = method.sharp.selected(weights)
         unit = 1.0 / scaler.scale(torch.ones(()))
 
         def gradient(ascent=False):
