@@ -3,22 +3,27 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from lightning_robust.attacks.conditions import MODES, AttackMode, Model, attack_conditions, unwrap
-from lightning_robust.attacks.losses import ATTACK_LOSSES
+from lightning_robust.attacks.draws import Draws, GeneratorDraws, SampleDraws
+from lightning_robust.attacks.losses import ATTACK_LOSSES, PREDICTION_LOSSES, STEERED_LOSSES
 from lightning_robust.attacks.problem import Problem, check_batch, check_probabilities
+from lightning_robust.attacks.region import add_inwards
+from lightning_robust.attacks.restarts import best_of_runs
 from lightning_robust.attacks.space import InputSpace
 from lightning_robust.checks import check_choice, check_integer, check_non_negative
 from lightning_robust.losses import full_precision
 
 __all__ = ["Attack", "AttackLoss"]
 
-AttackLoss = Literal["ce", "margin", "dlr", "prob-margin", "kl"]
+AttackLoss = Literal["ce", "margin", "dlr", "prob-margin", "brier", "kl", "lse", "l1", "js"]
 
 
 class Attack(ABC):
@@ -26,6 +31,14 @@ class Attack(ABC):
 
     ``start -> run -> best restart``. A subclass says in :meth:`draw_start` where a run begins and in :meth:`run` what
     it does; calling the attack returns the attacked images, detached, in the type of ``x``.
+
+    Two things are called a targeted attack, and both exist: with ``targeted=True`` ``y`` is the class to reach, and
+    only its prediction is a success; with ``attack(model, x, y, towards=t)`` the loss steers to ``t``, and any
+    misclassification of ``y`` is a success (AutoAttack's meaning).
+
+    In training an attack draws from one generator per call. For evaluations give the ``indices`` of the samples in
+    their dataset: each then has a stream of random numbers of its own, so the result depends neither on the batch size
+    and the order of the samples nor on the number of processes.
 
     What an attack leaves alone: parameters and their ``.grad`` (gradients are taken of the images only), the training
     flag of every sub-module, and the global random generators, also when an exception escapes. It works inside
@@ -42,7 +55,9 @@ class Attack(ABC):
         restarts: independent runs; kept is, per sample, the first point that fools the model, else that of highest
             loss. More than one costs a further forward per run.
         loss: what is maximised: ``"ce"`` (also for probabilities as targets), ``"margin"``, ``"dlr"``,
-            ``"prob-margin"``, or ``"kl"``, the divergence from the prediction for the clean images (computed once).
+            ``"prob-margin"``, ``"brier"``, the squared distance of the probabilities from the label; or a distance from
+            the prediction for the clean images (computed once): ``"kl"``, ``"lse"``, ``"l1"`` or ``"js"``, see
+            :func:`~lightning_robust.losses.probability_distance`.
         targeted: ``y`` is the class to reach: the loss is lowered, and success is its prediction.
         mode: mode of the model while it is attacked: ``"eval"``; ``"train"``: every sub-module as the attack finds
             it, so BatchNorm uses and updates statistics as in training; ``"train-frozen-stats"``: as it is found, but
@@ -52,7 +67,7 @@ class Attack(ABC):
         mean: mean per channel, if the images are normalised; ``eps`` and ``bounds`` stay in pixel units.
         std: standard deviation per channel, if the images are normalised.
         bounds: smallest and largest possible pixel.
-        seed: seed of the attack's own generator, used when a call brings none.
+        seed: seed of the attack's own generator, used when a call brings none, and of the streams of ``indices``.
 
     Shape:
         ``x`` is ``[B, ...]`` (channels in dimension 1 if ``mean`` is given), ``y`` is ``[B]`` or ``[B, C]``.
@@ -62,6 +77,17 @@ class Attack(ABC):
             logits that make no sense.
         TypeError: when called with images that are not floating-point.
     """
+
+    #: Whether budget and step can differ per sample (``scale`` of a call).
+    scales: ClassVar[bool] = False
+    _arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the arguments as they were given, for :meth:`replaced`."""
+        made = super().__new__(cls)
+        # what derives from another argument (a step size from the budget) has to stay so
+        made._arguments = dict(inspect.signature(cls).bind_partial(*args, **kwargs).arguments)
+        return made
 
     def __init__(
         self,
@@ -85,8 +111,8 @@ class Attack(ABC):
         check_integer("seed", seed, 0)
         if early_stop and mode != "eval":
             raise ValueError(f"`early_stop` changes the batch that BatchNorm sees; it needs mode='eval', not {mode!r}.")
-        if loss == "kl" and targeted:
-            raise ValueError("loss='kl' compares with the clean prediction and knows no target; use another loss.")
+        if loss in PREDICTION_LOSSES and targeted:
+            raise ValueError(f"loss={loss!r} compares with the clean prediction and knows no target; use another loss.")
         self.eps, self.restarts, self.loss, self.targeted = eps, restarts, loss, targeted
         self.mode, self.early_stop, self.evaluate_result = mode, early_stop, evaluate_result
         self.mean, self.std, self.bounds, self.seed = mean, std, bounds, seed
@@ -101,7 +127,10 @@ class Attack(ABC):
         y: Tensor,
         *,
         generator: torch.Generator | None = None,
+        indices: Tensor | None = None,
         start: Tensor | None = None,
+        towards: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """Attack a batch.
 
@@ -110,7 +139,10 @@ class Attack(ABC):
             x: clean images ``[B, ...]``.
             y: classes ``[B]`` or probabilities ``[B, C]``.
             generator: source of randomness on the device of ``x``; the attack's own when ``None``.
+            indices: indices ``[B]`` of the samples in their dataset, in place of a generator: a stream per sample.
             start: the point to start the first run from, used as it is; drawn when ``None``.
+            towards: classes ``[B]`` to steer to, while any misclassification of ``y`` is a success.
+            scale: multiple ``[B]`` of ``eps`` and the step size for each sample; attacks with ``scales`` take it.
 
         Returns:
             Attacked images, shaped and typed like ``x``.
@@ -120,12 +152,42 @@ class Attack(ABC):
             raise ValueError(f"Expected `start` to have shape {list(x.shape)} but got {list(start.shape)}.")
         if len(x) == 0:
             return x.detach().clone()
+        with self.posed(model, x, y, generator=generator, indices=indices, towards=towards, scale=scale) as problem:
+            x_adv = self.solve(problem, start)
+        if x_adv.dtype == x.dtype:
+            return x_adv
+        # rounding to nearest could lead out of the budget, but what needs no rounding has been looked at as it is
+        clean, rounded = full_precision(_ordinary(x)), x_adv.to(x.dtype)
+        inwards = add_inwards(clean, x_adv - clean, x.dtype, self.space).to(x.dtype)
+        return torch.where(rounded == x_adv, rounded, inwards)
+
+    @contextmanager
+    def posed(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        indices: Tensor | None = None,
+        towards: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Iterator[Problem]:
+        """This attack's problem for a batch, under the conditions that attacks run in; what a call solves.
+
+        Args:
+            model: as in a call, like all others.
+            x: clean images, at least one.
+            y: classes or probabilities.
+            generator: source of randomness.
+            indices: indices in the dataset.
+            towards: classes to steer to.
+            scale: multiple of the budget per sample.
+        """
         network, module = unwrap(model)
-        generator = self._own_generator(x.device) if generator is None else generator
-        with attack_conditions(module, self.mode, x.device, generator):
-            problem = self._problem(network, _ordinary(x), _ordinary(y))
-            x_adv = self._best_of_restarts(problem, generator, start)
-            return x_adv.to(x.dtype)
+        draws = self._draws(x, generator, indices)
+        with attack_conditions(module, self.mode, x.device, draws):
+            yield self.adopt(self._problem(network, _ordinary(x), _ordinary(y), draws, towards, scale))
 
     def __repr__(self) -> str:
         arguments = inspect.signature(type(self)).parameters.values()
@@ -137,13 +199,73 @@ class Attack(ABC):
         # generators cannot travel to another process; the seed makes new ones
         return {**vars(self), "_generators": {}, "_checked_on": set()}
 
+    def stages(self, num_classes: int) -> dict[str, "Attack"]:
+        """The attacks that this one consists of, by name, for an evaluation that reports each; itself if it is one.
+
+        Args:
+            num_classes: number of classes, on which the members of an ensemble may depend.
+        """
+        return {type(self).__name__: self}
+
+    def at(self, epoch: int, max_epochs: int) -> "Attack":
+        """The attack to train with in ``epoch``; itself unless it is scheduled.
+
+        Args:
+            epoch: epoch, counted from 0.
+            max_epochs: epochs of the run; -1 if unknown.
+        """
+        return self
+
+    def replaced(self, **arguments: Any) -> Self:
+        """The same attack with other constructor arguments; what was left to its default is worked out anew.
+
+        Args:
+            **arguments: those that change.
+        """
+        return type(self)(**{**self._arguments, **arguments})
+
+    def adopt(self, problem: Problem) -> Problem:
+        """The images of another attack's problem with what this one maximises.
+
+        Args:
+            problem: images, targets and draws.
+        """
+        steered = STEERED_LOSSES.get(self.loss)
+        if problem.towards is not None and (steered is None or self.targeted):
+            raise ValueError(
+                f"`towards` steers to a class, which {self!r} cannot do; use loss='ce' or a margin, without targeted."
+            )
+        changed = replace(
+            problem,
+            loss=ATTACK_LOSSES[self.loss],
+            steered=steered,
+            reference=problem.y,
+            targeted=self.targeted,
+        )
+        return changed.against_own_prediction() if self.loss in PREDICTION_LOSSES else changed
+
+    def solve(self, problem: Problem, start: Tensor | None = None) -> Tensor:
+        """The attacked images of a problem of this attack, the best of its restarts.
+
+        Args:
+            problem: what :meth:`adopt` made.
+            start: the point to start the first run from; drawn when ``None``.
+        """
+        first = self._start(problem) if start is None else _ordinary(start).to(problem.x)
+        x_adv = self.run(problem, first)
+        if self.restarts == 1 and not self.evaluate_result:
+            return x_adv
+        more = self.restarts - 1
+        return best_of_runs(problem, x_adv, self.run, lambda: self._start(problem), more, only_robust=self.early_stop)
+
     @abstractmethod
-    def draw_start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+    def draw_start(self, x: Tensor, draws: Draws, scale: Tensor | None = None) -> Tensor:
         """Where a run begins.
 
         Args:
             x: clean images.
-            generator: source of randomness on the device of ``x``.
+            draws: random numbers.
+            scale: multiple ``[B]`` of the budget for each sample.
         """
 
     @abstractmethod
@@ -151,7 +273,7 @@ class Attack(ABC):
         """One run from a start.
 
         Args:
-            problem: the images and the loss to maximise.
+            problem: the images, the loss to maximise, and the random numbers for it.
             x_adv: where to start.
 
         Returns:
@@ -167,47 +289,45 @@ class Attack(ABC):
     def passes(self) -> float:
         """Cost of attacking a batch in forward-and-backward passes of the model; a lone forward counts half."""
         chosen = self.restarts > 1 or self.evaluate_result
-        return self.restarts * (self.run_passes + 0.5 * chosen) + 0.5 * (self.loss == "kl")
+        return self.restarts * (self.run_passes + 0.5 * chosen) + 0.5 * (self.loss in PREDICTION_LOSSES)
 
-    def _best_of_restarts(self, problem: Problem, generator: torch.Generator, start: Tensor | None) -> Tensor:
-        first = self.draw_start(problem.x, generator) if start is None else _ordinary(start).to(problem.x)
-        x_adv = self.run(problem, first)
-        if self.restarts == 1 and not self.evaluate_result:
-            return x_adv
-        loss, fooled = problem.judge(x_adv)
-        for _ in range(self.restarts - 1):
-            # drawn for all samples, so that the draws of one do not depend on the success of another
-            start = self.draw_start(problem.x, generator)
-            left = (~fooled).nonzero().squeeze(1) if self.early_stop else torch.arange(len(x_adv), device=x_adv.device)
-            if len(left) == 0:
-                break
-            part = problem.select(left)
-            candidate = self.run(part, start[left])
-            new_loss, new_fooled = part.judge(candidate)
-            better = ~fooled[left] & (new_fooled | (new_loss > loss[left]))
-            kept = torch.where(better.view(-1, *[1] * (x_adv.ndim - 1)), candidate, x_adv[left])
-            x_adv = x_adv.index_copy(0, left, kept)
-            loss = loss.index_copy(0, left, torch.where(better, new_loss, loss[left]))
-            fooled = fooled.index_copy(0, left, fooled[left] | new_fooled)
-        return x_adv
+    def _start(self, problem: Problem) -> Tensor:
+        return self.draw_start(problem.x, problem.draws, problem.scale)
 
-    def _problem(self, model: Model, x: Tensor, y: Tensor) -> Problem:
+    def _draws(self, x: Tensor, generator: torch.Generator | None, indices: Tensor | None) -> Draws:
+        if indices is None:
+            return GeneratorDraws(self._own_generator(x.device) if generator is None else generator)
+        if generator is not None:
+            raise ValueError("`generator` and `indices` both say where random numbers come from; give one of them.")
+        _check_per_image(x, indices=indices)
+        return SampleDraws(self.seed, _ordinary(indices).to(x.device))
+
+    def _problem(
+        self, model: Model, x: Tensor, y: Tensor, draws: Draws, towards: Tensor | None, scale: Tensor | None
+    ) -> Problem:
+        _check_per_image(x, towards=towards, scale=scale)
+        if scale is not None and not self.scales:
+            raise ValueError(f"{type(self).__name__} has one budget for all samples; use PGD where they differ.")
+        y = y if y.is_floating_point() else y.long()  # torch indexes with nothing smaller than int32
         check = x.device.type == "cpu" or x.device.type not in self._checked_on
         if check:
             self.space.check(x)
             check_probabilities(y)
             self._checked_on.add(x.device.type)
-        problem = Problem(
+        return Problem(
             model=model,
             x=full_precision(x),
             y=y,
             loss=ATTACK_LOSSES[self.loss],
             reference=y,
             dtype=x.dtype,
-            targeted=self.targeted,
+            draws=draws,
             check=check,
+            towards=None if towards is None else _ordinary(towards).long(),
+            scale=None if scale is None else _ordinary(scale).to(full_precision(x)),
+            capacity=len(x),
+            labels=(int(y.min()), int(y.max())) if check and not y.is_floating_point() else None,
         )
-        return problem.against_own_prediction() if self.loss == "kl" else problem
 
     def _own_generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -218,3 +338,9 @@ class Attack(ABC):
 def _ordinary(value: Tensor) -> Tensor:
     # autograd cannot save what was made in inference mode; a clone made outside it is an ordinary tensor
     return value.clone() if value.is_inference() else value.detach()
+
+
+def _check_per_image(x: Tensor, **values: Tensor | None) -> None:
+    for name, value in values.items():
+        if value is not None and value.shape != x.shape[:1]:
+            raise ValueError(f"Expected one value of `{name}` per image, [{len(x)}], but got {list(value.shape)}.")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under which conditions an attack runs, and how everything is left as it was found."""
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_robust.attacks.draws import Draws
 from lightning_robust.guards import buffers_restored, evaluation_mode, frozen_modes, rng_preserved
 
 __all__ = ["MODES", "AttackMode", "Model", "attack_conditions", "unwrap"]
@@ -38,9 +38,7 @@ def unwrap(model: Model) -> tuple[Model, nn.Module | None]:
 
 
 @contextmanager
-def attack_conditions(
-    module: nn.Module | None, mode: AttackMode, device: torch.device, generator: torch.Generator
-) -> Iterator[None]:
+def attack_conditions(module: nn.Module | None, mode: AttackMode, device: torch.device, draws: Draws) -> Iterator[None]:
     """Gradients on, the module in the wanted mode, the global generators seeded from the attack's own.
 
     On exit the training flag of every sub-module and the global generators are what they were, after an exception
@@ -51,7 +49,7 @@ def attack_conditions(
         mode: ``"eval"``; ``"train"``: every sub-module as it is found, running statistics move;
             ``"train-frozen-stats"``: as it is found, but all buffers are put back.
         device: where the images are.
-        generator: the attack's generator; it is read, not advanced.
+        draws: the attack's random numbers; none are taken.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
@@ -60,7 +58,7 @@ def attack_conditions(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(rng_preserved([device]))
-        _seed_global(device, zlib.crc32(generator.get_state().numpy().tobytes()))
+        _seed_global(device, draws.fingerprint())
         if module is not None:
             stack.enter_context(evaluation_mode(module) if mode == "eval" else frozen_modes(module))
             if mode == "train-frozen-stats":

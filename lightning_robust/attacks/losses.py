@@ -2,12 +2,19 @@
 """What attacks maximise: one number per sample, larger when the model is closer to being wrong."""
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_robust.losses.probability_distance import probability_distance
+
 __all__ = [
     "ATTACK_LOSSES",
+    "PREDICTION_LOSSES",
+    "STEERED_LOSSES",
+    "brier",
     "cross_entropy",
     "dlr",
     "dlr_targeted",
@@ -15,6 +22,7 @@ __all__ = [
     "labels_of",
     "margin",
     "probability_margin",
+    "towards_class",
 ]
 
 
@@ -29,12 +37,32 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         Returns ``[B]``.
 
     Example:
-        >>> import torch
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
         tensor([0.6931])
     """
     target = target.to(logits.dtype) if target.is_floating_point() else target.long()
     return F.cross_entropy(logits, target, reduction="none")
+
+
+def brier(logits: Tensor, target: Tensor) -> Tensor:
+    r"""Squared distance of the prediction from the label, ``sum_k (p_k - y_k)^2`` with ``p = softmax(z)``.
+
+    Args:
+        logits: ``[B, C]``.
+        target: classes ``[B]`` or probabilities ``[B, C]``.
+
+    Shape:
+        Returns ``[B]``, in ``[0, 2]``.
+
+    Example:
+        >>> brier(torch.zeros(1, 2), torch.tensor([1]))
+        tensor([0.5000])
+    """
+    p = logits.softmax(1)
+    if target.is_floating_point():
+        return (p - target.to(p.dtype)).square().sum(1)
+    index = target.long().unsqueeze(1)
+    return (p - torch.zeros_like(p).scatter(1, index, 1.0)).square().sum(1)
 
 
 def margin(logits: Tensor, target: Tensor) -> Tensor:
@@ -56,7 +84,6 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
         Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks, arXiv 1608.04644.
 
     Example:
-        >>> import torch
         >>> margin(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
         tensor([-2.])
     """
@@ -78,7 +105,6 @@ def probability_margin(logits: Tensor, target: Tensor) -> Tensor:
         ValueError: the target holds probabilities.
 
     Example:
-        >>> import torch
         >>> probability_margin(torch.zeros(1, 4), torch.tensor([2]))
         tensor([0.])
     """
@@ -105,7 +131,6 @@ def dlr(logits: Tensor, target: Tensor) -> Tensor:
         Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv 2003.01690.
 
     Example:
-        >>> import torch
         >>> dlr(torch.tensor([[3.0, 1.0, 1.0]]), torch.tensor([0]))
         tensor([-1.])
     """
@@ -132,15 +157,40 @@ def dlr_targeted(logits: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
         Croce and Hein, Reliable Evaluation of Adversarial Robustness, arXiv 2003.01690.
 
     Example:
-        >>> import torch
         >>> dlr_targeted(torch.tensor([[3.0, 1.0, 1.0, 1.0]]), torch.tensor([0]), torch.tensor([3]))
         tensor([-1.])
     """
     _need_classes(logits, 4, "dlr_targeted")
-    own, _ = _split(logits, target, "dlr_targeted")
-    top = logits.topk(4, dim=1).values
-    other = logits.gather(1, wanted.long().unsqueeze(1)).squeeze(1)
-    return (other - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    order = logits.detach().topk(4, dim=1).indices
+    # all that has a gradient comes from one place: backward passes through several cost more than the loss
+    index = torch.cat([_index(target, "dlr_targeted"), wanted.long().unsqueeze(1), order], 1)
+    own, other, first, _, third, fourth = logits.gather(1, index).unbind(1)
+    return (other - own) / (first - (third + fourth) / 2 + 1e-12)
+
+
+def towards_class(logits: Tensor, target: Tensor, wanted: Tensor, *, probabilities: bool = False) -> Tensor:
+    r"""Margin of one other class, ``z_t - z_y``, or ``p_t - p_y`` of the probabilities.
+
+    Args:
+        logits: ``[B, C]``.
+        target: true classes ``[B]``.
+        wanted: the classes ``[B]`` that the attack steers to.
+        probabilities: compare the softmax instead of the logits.
+
+    Shape:
+        Returns ``[B]``.
+
+    Raises:
+        ValueError: the target holds probabilities.
+
+    Example:
+        >>> towards_class(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]), torch.tensor([2]))
+        tensor([-3.])
+    """
+    values = logits.softmax(1) if probabilities else logits
+    index = torch.cat([_index(target, "towards_class"), wanted.long().unsqueeze(1)], 1)
+    own, other = values.gather(1, index).unbind(1)
+    return other - own
 
 
 def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -154,7 +204,6 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
         Returns ``[B]``.
 
     Example:
-        >>> import torch
         >>> kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2).log_softmax(1))
         tensor([0.])
     """
@@ -170,20 +219,40 @@ def labels_of(target: Tensor) -> Tensor:
     return target.argmax(1) if target.ndim == 2 else target
 
 
-#: The losses by the name that an attack's ``loss`` argument takes; "kl" gets clean log-probabilities as its target.
+#: Losses whose target is not the label but the prediction for the clean images, as log-probabilities.
+PREDICTION_LOSSES = frozenset({"kl", "lse", "l1", "js"})
+
+#: The losses by the name that an attack's ``loss`` argument takes.
 ATTACK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": cross_entropy,
     "margin": margin,
     "dlr": dlr,
     "prob-margin": probability_margin,
+    "brier": brier,
     "kl": kl_divergence,
+    "lse": partial(probability_distance, distance="lse"),
+    "l1": partial(probability_distance, distance="l1"),
+    "js": partial(probability_distance, distance="js"),
 }
 
 
-def _split(values: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor]:
+#: The forms of losses that steer to a class, ``(logits, y, wanted) -> [B]``, where there is one.
+STEERED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ce": lambda logits, target, wanted: -cross_entropy(logits, wanted),
+    "margin": towards_class,
+    "dlr": dlr_targeted,
+    "prob-margin": partial(towards_class, probabilities=True),
+}
+
+
+def _index(target: Tensor, name: str) -> Tensor:
     if target.ndim != 1:
         raise ValueError(f"Expected integer classes [B] for the loss {name} but got a target of {list(target.shape)}.")
-    index = target.long().unsqueeze(1)
+    return target.long().unsqueeze(1)
+
+
+def _split(values: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    index = _index(target, name)
     return values.gather(1, index).squeeze(1), values.scatter(1, index, float("-inf"))
 
 

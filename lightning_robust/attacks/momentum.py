@@ -104,8 +104,8 @@ class MIM(PGD):
             ahead = x_adv
             if self.nesterov:
                 ahead = x_adv + self.space.from_pixels(self.decay * self.step_size * velocity)
-            gradient, _ = problem.gradient(ahead)
+            gradient, *_ = problem.gradient(ahead)
             size = gradient.abs().flatten(1).mean(1).view(-1, *[1] * (gradient.ndim - 1))
             velocity = self.decay * velocity + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
-            x_adv = self.step(problem.x, x_adv, velocity)
+            x_adv = self.step(problem.x, x_adv, velocity, problem.scale)
         return x_adv

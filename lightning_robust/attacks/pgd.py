@@ -2,7 +2,7 @@
 """Projected gradient descent."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,13 +10,16 @@ from typing_extensions import override
 
 from lightning_robust.attacks.base import Attack, AttackLoss
 from lightning_robust.attacks.conditions import AttackMode
-from lightning_robust.attacks.norms import NORMS
+from lightning_robust.attacks.draws import Draws
+from lightning_robust.attacks.losses import PREDICTION_LOSSES
+from lightning_robust.attacks.norms import L1, NORMS, Norm
 from lightning_robust.attacks.problem import Problem
-from lightning_robust.checks import check_choice, check_integer, check_non_negative
+from lightning_robust.attacks.region import add_inwards
+from lightning_robust.checks import check_choice, check_in_range, check_integer, check_non_negative
 
 __all__ = ["PGD", "NormName", "Projection", "Start"]
 
-NormName = Literal["linf", "l2"]
+NormName = Literal["linf", "l2", "l1"]
 Projection = Literal["ball-box", "box-ball", "box"]
 Start = Literal["none", "uniform", "normal", "radial"]
 
@@ -26,17 +29,19 @@ class PGD(Attack):
 
     .. math:: x_{t+1} = P(x_t + \alpha\, s(g_t)), \qquad g_t = \nabla_x \sum_i \ell(f(x_t)_i, y_i)
 
-    with :math:`s(g) = \mathrm{sign}(g)` for linf and :math:`g / \|g\|_2` per sample for l2, and :math:`P` the
-    projection on the ball around the clean images and on the possible pixels. See
+    with :math:`s(g) = \mathrm{sign}(g)` for linf, :math:`g / \|g\|_2` per sample for l2 and the signs of the largest
+    entries of :math:`g` divided by their number for l1, and :math:`P` the projection on the ball around the clean
+    images and on the possible pixels, in l1 the exact one on both together. See
     :class:`~lightning_robust.attacks.Attack` for what is left alone and what is checked.
 
     Cost: exactly ``steps`` forwards and input-backwards. One more forward per run with several ``restarts`` or with
-    ``evaluate_result``, and one for the clean images with ``loss="kl"``. No parameter gradients are computed.
+    ``evaluate_result``, and one for the clean images with ``loss="kl"`` and its kin. No parameter gradients
+    are computed.
 
     Args:
         eps: radius of the ball in pixel units.
-        norm: ``"linf"`` or ``"l2"``.
-        steps: number of steps, at least 1.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        steps: number of steps; 0 returns the start.
         step_size: length of a step in pixel units; ``max(eps / 4, 2.5 * eps / steps)`` when ``None``.
         random_start: ``True`` or ``"uniform"``: uniform in the ball; ``"radial"``: a random direction times
             ``U(0, 1) * eps`` (the l2 start of Rice et al.); ``"normal"``: ``0.001 * N(0, 1)``, not clipped (the start
@@ -44,7 +49,9 @@ class PGD(Attack):
         restarts: independent runs; kept is, per sample, the first point that fools the model, else that of highest
             loss.
         loss: what is maximised: ``"ce"`` (also for probabilities as targets), ``"margin"``, ``"dlr"``,
-            ``"prob-margin"``, or ``"kl"``, the divergence from the prediction for the clean images (computed once).
+            ``"prob-margin"``, ``"brier"``, the squared distance of the probabilities from the label; or a distance from
+            the prediction for the clean images (computed once): ``"kl"``, ``"lse"``, ``"l1"`` or ``"js"``, see
+            :func:`~lightning_robust.losses.probability_distance`.
         targeted: ``y`` is the class to reach: the loss is lowered, and success is its prediction.
         mode: mode of the model while it is attacked: ``"eval"``; ``"train"``: every sub-module as the attack finds
             it, so BatchNorm uses and updates statistics as in training; ``"train-frozen-stats"``: as it is found, but
@@ -55,6 +62,8 @@ class PGD(Attack):
             et al. does; with ``mode="train"`` this is one more update of the running statistics.
         projection: ``"ball-box"``: on the ball, then on the possible pixels; ``"box-ball"``: the other way round
             (TRADES in l2); ``"box"``: on the possible pixels only, so the perturbation may exceed ``eps``.
+        top_fraction: fraction of the entries that a step in l1 moves, those of largest gradient, at least one; other
+            norms ignore it. SLIDE draws it for each call, between 0.01 and 0.2.
         mean: mean per channel, if the images are normalised; ``eps`` and ``bounds`` stay in pixel units.
         std: standard deviation per channel, if the images are normalised.
         bounds: smallest and largest possible pixel.
@@ -78,6 +87,8 @@ class PGD(Attack):
         True
     """
 
+    scales: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -93,6 +104,7 @@ class PGD(Attack):
         early_stop: bool = False,
         evaluate_result: bool = False,
         projection: Projection = "ball-box",
+        top_fraction: float = 0.01,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         bounds: tuple[float, float] = (0.0, 1.0),
@@ -112,81 +124,97 @@ class PGD(Attack):
             seed=seed,
         )
         check_choice("norm", norm, tuple(NORMS))
-        check_integer("steps", steps, 1)
+        check_integer("steps", steps, 0)
         check_choice("random_start", random_start, (True, False, "none", "uniform", "normal", "radial"))
         check_choice("projection", projection, ("ball-box", "box-ball", "box"))
+        check_in_range("top_fraction", top_fraction, 0, 1)
         if step_size is not None:
             check_non_negative("step_size", step_size)
         self.norm, self.steps, self.projection = norm, steps, projection
-        self.step_size = max(eps / 4, 2.5 * eps / steps) if step_size is None else step_size
+        self.step_size = max(eps / 4, 2.5 * eps / max(steps, 1)) if step_size is None else step_size
         self.random_start = random_start
-        self._start: Start = {True: "uniform", False: "none"}.get(random_start, random_start)  # type: ignore
+        self._start_kind: Start = {True: "uniform", False: "none"}.get(random_start, random_start)  # type: ignore
         self._start_radius = eps
-        self._norm = NORMS[norm]
-        if self._start == "none" and loss == "kl":
-            raise ValueError("loss='kl' has no gradient at the clean images; it needs a random start.")
-        if self._start == "none" and restarts > 1:
+        self.top_fraction = top_fraction
+        self._norm: Norm = L1(top_fraction) if norm == "l1" else NORMS[norm]
+        if self._start_kind == "none" and loss in PREDICTION_LOSSES:
+            raise ValueError(f"loss={loss!r} has no gradient at the clean images; it needs a random start.")
+        if self._start_kind == "none" and restarts > 1:
             raise ValueError("Without a random start all restarts are the same; set `random_start` or restarts=1.")
 
     @override
-    def draw_start(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        if self._start == "none":
+    def draw_start(self, x: Tensor, draws: Draws, scale: Tensor | None = None) -> Tensor:
+        if self._start_kind == "none":
             return x.clone()
-        if self._start == "normal":
-            noise = 0.001 * torch.empty_like(x).normal_(generator=generator)
-            return x + self.space.from_pixels(noise)  # the projection of the first step brings it into the budget
-        draw = self._norm.uniform if self._start == "uniform" else self._norm.radial
-        return self.space.clip(x + self.space.from_pixels(draw(x, self._start_radius, generator)))
+        if self._start_kind == "normal":
+            noise = 0.001 * draws.normal(x)
+            # the projection of the first step, if there is one, brings it into the budget
+            return x + self.space.from_pixels(noise) if self.steps else self.feasible(x, noise, scale)
+        draw = self._norm.uniform if self._start_kind == "uniform" else self._norm.radial
+        radius = self._start_radius if scale is None else self._start_radius * scale
+        return self.space.clip(x + self.space.from_pixels(draw(x, radius, draws)))
 
     @override
     def run(self, problem: Problem, x_adv: Tensor) -> Tensor:
         if self.early_stop:
             return self._run_until_fooled(problem, x_adv)
         for _ in range(self.steps):
-            gradient, _ = problem.gradient(x_adv)
-            x_adv = self.step(problem.x, x_adv, gradient)
-        return x_adv
+            gradient, *_ = problem.gradient(x_adv)
+            x_adv = self.step(problem.x, x_adv, gradient, problem.scale)
+        return self._in_type(problem, x_adv)
 
     @property
     @override
     def run_passes(self) -> float:
         return self.steps
 
-    def step(self, x: Tensor, x_adv: Tensor, gradient: Tensor) -> Tensor:
+    def step(self, x: Tensor, x_adv: Tensor, gradient: Tensor, scale: Tensor | None = None) -> Tensor:
         """Move along the steepest direction, then back into the budget and the possible pixels.
 
         Args:
             x: clean images.
             x_adv: current iterate.
             gradient: gradient of the loss at the iterate.
+            scale: multiple ``[B]`` of step and budget for each sample.
         """
-        direction = self._norm.direction(self.space.pixel_gradient(gradient))
-        return self.feasible(x, self.space.to_pixels(x_adv - x) + self.step_size * direction)
+        gradient = self.space.pixel_gradient(gradient)
+        move = self.step_size * self._norm.direction_on_images(x_adv, gradient, self.space)
+        if scale is not None:
+            move = move * scale.view(-1, *[1] * (move.ndim - 1))
+        return self.feasible(x, self.space.to_pixels(x_adv - x) + move, scale)
 
-    def feasible(self, x: Tensor, delta: Tensor) -> Tensor:
+    def feasible(self, x: Tensor, delta: Tensor, scale: Tensor | None = None) -> Tensor:
         """Images ``x`` moved by ``delta`` (in pixel units), brought into the budget and the possible pixels.
 
         Args:
             x: clean images.
             delta: perturbation in pixel units.
+            scale: multiple ``[B]`` of the budget for each sample.
         """
+        eps = self.eps if scale is None else self.eps * scale
         if self.projection == "ball-box":
-            delta = self._norm.project(delta, self.eps)
+            delta = self._norm.project_on_images(x, delta, eps, self.space)
         moved = self.space.clip(x + self.space.from_pixels(delta))
         if self.projection == "box-ball":
-            delta = self._norm.project(self.space.to_pixels(moved - x), self.eps)
+            delta = self._norm.project(self.space.to_pixels(moved - x), eps)
             moved = self.space.clip(x + self.space.from_pixels(delta))
         return moved
 
     def _run_until_fooled(self, problem: Problem, x_adv: Tensor) -> Tensor:
-        x_adv = x_adv.clone()
+        x_adv = self._in_type(problem, x_adv).clone()
         left = torch.arange(len(x_adv), device=x_adv.device)
         for _ in range(self.steps):
-            gradient, logits = problem.gradient(x_adv[left])
+            gradient, logits, _ = problem.gradient(x_adv[left])
             robust = ~problem.fooled(logits)
             if not robust.all():
                 left, gradient, problem = left[robust], gradient[robust], problem.select(robust)
             if len(left) == 0:
                 break
-            x_adv[left] = self.step(problem.x, x_adv[left], gradient)
+            x_adv[left] = self._in_type(problem, self.step(problem.x, x_adv[left], gradient, problem.scale))
         return x_adv
+
+    def _in_type(self, problem: Problem, x_adv: Tensor) -> Tensor:
+        # what the model is asked about, in half precision, has to be what is returned
+        if problem.dtype == x_adv.dtype:
+            return x_adv
+        return add_inwards(problem.x, x_adv - problem.x, problem.dtype, self.space)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is maximised over the images of one batch."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.attacks.conditions import Model
+from lightning_robust.attacks.draws import Draws
 from lightning_robust.attacks.losses import labels_of
 from lightning_robust.losses import full_precision
 
@@ -31,8 +33,14 @@ class Problem:
         loss: per-sample loss ``(logits, reference) -> [B]``.
         reference: what the loss compares with: ``y``, or clean log-probabilities.
         dtype: the type the model takes.
+        draws: random numbers for these samples.
         targeted: lower the loss instead, and count a sample as fooled when ``y`` is predicted.
         check: whether to look for NaN and infinity in the logits, which makes the host wait for the device.
+        towards: classes ``[B]`` that the loss steers to, while any misclassification of ``y`` is a success.
+        steered: the loss ``(logits, y, towards) -> [B]`` that does so; ``None`` if the loss knows no such form.
+        scale: multiple ``[B]`` of the attack's budget and step for each sample.
+        capacity: number of images that are known to fit into one pass: those of the call.
+        labels: smallest and largest class of the call, to be compared with the model's; ``None`` if nobody looked.
     """
 
     model: Model
@@ -41,8 +49,14 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]
     reference: Tensor
     dtype: torch.dtype
+    draws: Draws
     targeted: bool = False
     check: bool = True
+    towards: Tensor | None = None
+    steered: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    scale: Tensor | None = None
+    capacity: int = 1
+    labels: tuple[int, int] | None = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits in at least float32.
@@ -59,24 +73,14 @@ class Problem:
                 f"Expected one logit per class from the model but got {list(logits.shape)}; let a binary classifier "
                 "return two, for example torch.cat([torch.zeros_like(z), z], 1)."
             )
-        if self.check:
-            self._check_labels(logits.shape[1])
-        if self.check and not logits.isfinite().all():
+        if self.labels is not None:
+            _check_labels(*self.labels, logits.shape[1])
+        if self.check and not _finite(logits):
             raise ValueError(
                 "The attacked model returned NaN or infinite logits, which would pass for robustness; look for "
                 "diverged weights or overflow in half precision."
             )
         return full_precision(logits)
-
-    def _check_labels(self, classes: int) -> None:
-        if self.y.is_floating_point() or not len(self.y):
-            return
-        low, high = int(self.y.min()), int(self.y.max())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"Expected labels to be in [0, {classes - 1}] for logits of {classes} classes but got labels from "
-                f"{low} to {high}; give the model a larger num_classes, or leave unlabelled samples out of the batch."
-            )
 
     def against_own_prediction(self) -> "Problem":
         """The same problem with the model's prediction for the clean images as reference; one forward pass."""
@@ -84,6 +88,8 @@ class Problem:
 
     def losses(self, logits: Tensor) -> Tensor:
         """What is maximised, per sample."""
+        if self.towards is not None and self.steered is not None:
+            return self.steered(logits, labels_of(self.y), self.towards)
         values = self.loss(logits, self.reference)
         return -values if self.targeted else values
 
@@ -92,22 +98,35 @@ class Problem:
         hit = logits.argmax(1) == labels_of(self.y)
         return hit if self.targeted else ~hit
 
-    def gradient(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the loss with respect to the images, and the logits; one forward and one input-backward.
+    def gradient(self, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the loss with respect to the images, logits, losses; one forward and one input-backward.
 
         Raises:
             ValueError: the logits do not depend on the images by gradients.
         """
         x_adv = x_adv.detach().requires_grad_()
         logits = self.logits(x_adv)
-        total = self.losses(logits).sum()
+        losses = self.losses(logits)
+        return self.input_gradient(losses.sum(), x_adv), logits.detach(), losses.detach()
+
+    def input_gradient(self, total: Tensor, x_adv: Tensor, *, retain_graph: bool = False) -> Tensor:
+        """Gradient of a number with respect to the images; one input-backward.
+
+        In float16 it is computed of a multiple of the number, which keeps small gradients from vanishing.
+
+        Args:
+            total: number computed from logits of ``x_adv``.
+            x_adv: images that require a gradient.
+            retain_graph: keep the graph for a further gradient.
+
+        Raises:
+            ValueError: the number does not depend on the images by gradients.
+        """
         if not self._half():
-            gradient = _gradient(total, x_adv)
-        else:
-            gradient = _gradient(total * _HALF_SCALE, x_adv)
-            # an overflow keeps its sign; of an undefined difference of overflows nothing is known
-            gradient = gradient.nan_to_num(nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX)
-        return gradient, logits.detach()
+            return _gradient(total, x_adv, retain_graph)
+        gradient = _gradient(total * _HALF_SCALE, x_adv, retain_graph)
+        # an overflow keeps its sign; of an undefined difference of overflows nothing is known
+        return gradient.nan_to_num(nan=0.0, posinf=_HALF_MAX, neginf=-_HALF_MAX) / _HALF_SCALE
 
     def judge(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and success of each sample; one forward pass."""
@@ -115,8 +134,17 @@ class Problem:
         return self.losses(logits), self.fooled(logits)
 
     def select(self, index: Tensor) -> "Problem":
-        """The same problem for some of the samples."""
-        return replace(self, x=self.x[index], y=self.y[index], reference=self.reference[index])
+        """The same problem for some of the samples: their numbers, or a mask."""
+        rows = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
+        return replace(
+            self,
+            x=self.x.index_select(0, rows),
+            y=self.y.index_select(0, rows),
+            reference=self.reference.index_select(0, rows),
+            draws=self.draws.select(rows),
+            towards=None if self.towards is None else self.towards.index_select(0, rows),
+            scale=None if self.scale is None else self.scale.index_select(0, rows),
+        )
 
     def _logits_only(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -131,8 +159,23 @@ class Problem:
         return autocast or self.dtype == torch.float16
 
 
-def _gradient(total: Tensor, x_adv: Tensor) -> Tensor:
-    gradient = torch.autograd.grad(total, x_adv, allow_unused=True)[0] if total.requires_grad else None
+def _check_labels(low: int, high: int, classes: int) -> None:
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"Expected labels to be in [0, {classes - 1}] for logits of {classes} classes but got labels from "
+            f"{low} to {high}; give the model a larger num_classes, or leave unlabelled samples out of the batch."
+        )
+
+
+def _finite(values: Tensor) -> bool:
+    # one sum tells it as a rule; that of finite numbers may overflow
+    return math.isfinite(values.detach().sum().item()) or bool(values.isfinite().all())
+
+
+def _gradient(total: Tensor, x_adv: Tensor, retain_graph: bool) -> Tensor:
+    gradient = None
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, x_adv, retain_graph=retain_graph, allow_unused=True)
     if gradient is None:
         raise ValueError(
             "No gradient reaches the images from the logits of the attacked model; take torch.no_grad() and .detach() "

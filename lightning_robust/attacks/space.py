@@ -54,6 +54,13 @@ class InputSpace:
         # Uploading three numbers in every step would make the host wait for the device.
         self._tensors: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """The pixels that images were made of."""
+        if self.std is None:
+            return x
+        std, low, _ = self._on(x)
+        return (x - low) * std + self.bounds[0]
+
     def to_pixels(self, delta: Tensor) -> Tensor:
         """A difference of images in pixel units."""
         return delta if self.std is None else delta * self._on(delta)[0]
@@ -84,13 +91,9 @@ class InputSpace:
         """
         if self.std is not None and (x.ndim < 2 or x.shape[1] != len(self.std)):
             raise ValueError(f"Expected images with {len(self.std)} channels (`std`) but got {list(x.shape)}.")
-        pixels = full_precision(x)
-        tolerance = 1e-6
-        if self.std is not None and self.mean is not None:
-            scale, low, _ = self._on(pixels)
-            pixels = (pixels - low) * scale + self.bounds[0]
-            # the user's normalisation was rounded to the images' type
-            tolerance = max(tolerance, 8 * torch.finfo(x.dtype).eps)
+        pixels = self.pixels(full_precision(x))
+        # a normalisation was rounded to the images' type
+        tolerance = 1e-6 if self.std is None else max(1e-6, 8 * torch.finfo(x.dtype).eps)
         low_seen, high_seen = (value.item() for value in pixels.aminmax())
         if low_seen != low_seen:
             raise ValueError("Expected images without NaN.")

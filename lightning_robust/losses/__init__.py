@@ -6,6 +6,7 @@ from lightning_robust.losses.cross_entropy import CrossEntropy, cross_entropy
 from lightning_robust.losses.logit_penalty import LogitPenalty, logit_norm_penalty
 from lightning_robust.losses.maxsup import MaxSup, maxsup_penalty
 from lightning_robust.losses.precision import autocast_off, full_precision
+from lightning_robust.losses.probability_distance import probability_distance
 from lightning_robust.losses.regularizers import LogitRegularizer
 from lightning_robust.losses.stablemax import (
     StableMax,
@@ -36,6 +37,7 @@ __all__ = [
     "log_stablemax",
     "logit_norm_penalty",
     "maxsup_penalty",
+    "probability_distance",
     "stable_exp",
     "stablemax",
     "stablemax_cross_entropy",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_robust.attacks import FGSM
+from lightning_robust.attacks.draws import GeneratorDraws
 from lightning_robust.losses import cross_entropy, full_precision
 from lightning_robust.sharpness.lap import LAP
 from lightning_robust.sharpness.loop import sharp_backward
@@ -44,7 +45,7 @@ class SharedGradientAttack:
         self.attack = attack
         self.x = x.detach()
         if start is None:
-            start = attack.draw_start(full_precision(self.x), generator)
+            start = attack.draw_start(full_precision(self.x), GeneratorDraws(generator))
         #: Leaf tensor; its ``.grad`` has to be set before :meth:`attacked`.
         self.start = start.detach().to(x.dtype, copy=True).requires_grad_()
 

@@ -67,9 +67,16 @@ def test_kl_divergence(logits):
     torch.testing.assert_close(losses.kl_divergence(logits, clean.log_softmax(1)), (p * (p.log() - q.log())).sum(1))
 
 
-@pytest.mark.parametrize("name", [name for name in losses.ATTACK_LOSSES if name != "kl"])
+def test_brier(logits, y):
+    expected = ((logits.softmax(1) - F.one_hot(y, C)) ** 2).sum(1)
+    torch.testing.assert_close(losses.brier(logits, y), expected)
+    torch.testing.assert_close(losses.brier(logits, F.one_hot(y, C).float()), expected)
+
+
+@pytest.mark.parametrize("name", losses.ATTACK_LOSSES)
 def test_gradients(name, logits, y):
-    assert torch.autograd.gradcheck(lambda z: losses.ATTACK_LOSSES[name](z, y), logits.requires_grad_())
+    target = torch.randn(B, C, dtype=torch.float64).log_softmax(1) if name in losses.PREDICTION_LOSSES else y
+    assert torch.autograd.gradcheck(lambda z: losses.ATTACK_LOSSES[name](z, target), logits.requires_grad_())
 
 
 def test_margin_of_two_classes():

@@ -26,19 +26,6 @@ def seeded():
     return torch.Generator().manual_seed(5)
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_works_where_gradients_are_off(net, attack, context):
-    x, y = images()
-    expected = attack(net, x, y, generator=seeded())
-    with context():
-        x, y = images()  # made inside: inference tensors
-        attacked = attack(net, x, y, generator=seeded())
-        assert not torch.is_grad_enabled()
-        assert torch.equal(attacked, expected)
-        net(attacked)
-
-
 @pytest.mark.parametrize("attack", [*ATTACKS, PGD(steps=2, mean=[0.5] * 3, std=[0.5] * 3)], ids=repr)
 def test_works_in_inference_mode_with_statistics_from_there(net, attack):
     with torch.inference_mode():
@@ -90,7 +77,7 @@ def test_images_and_model_in_half_precision(dtype, norm):
     assert attacked.dtype == dtype
     delta = (attacked.double() - x.double()).flatten(1)
     size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    assert float(size.max()) <= eps + 12 * torch.finfo(dtype).eps
+    assert float(size.max()) <= eps * (1 + 1e-6)
     with torch.no_grad():
         assert float(F.cross_entropy(net(attacked).float(), y)) > float(F.cross_entropy(net(x).float(), y))
 

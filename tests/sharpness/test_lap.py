@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_robust.attacks import FGSM
+from lightning_robust.attacks import FGSM, GeneratorDraws
 from lightning_robust.sharpness import (
     LAP,
     SharedGradientAttack,
@@ -98,7 +98,7 @@ def test_equals_the_published_loop(form, optimizer):
     seen = []
     ours.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].detach()))
     for x, y in batches():
-        start = attack.draw_start(x, torch.Generator().manual_seed(1))
+        start = attack.draw_start(x, GeneratorDraws(torch.Generator().manual_seed(1)))
         seen.clear()
         first.zero_grad()
         value = lap_backward(ours, x, y, method, first, attack=attack, start=start)
