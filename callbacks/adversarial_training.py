@@ -36,7 +36,8 @@ class AdversarialTraining(StepCallback):
     Cost: ``attack.passes`` forward-and-backward passes more per step: 10 with the default attack.
 
     Args:
-        attack: the attack; when ``None`` ``PGD(eps=8/255, step_size=2/255, steps=10)``, the usual one for CIFAR.
+        attack: the attack; when ``None`` ``PGD(eps=8/255, step_size=2/255, steps=10)``, the usual one for CIFAR. A
+            :class:`~lightning_robust.attacks.ScheduledAttack` changes with the epoch.
         clean_fraction: part of each batch, its first images, that stays clean.
         logits_from: dotted name of the sub-module whose output is the logits; found by itself when ``None``.
         batch: how to read images and targets from a batch; the usual forms are understood when ``None``.
@@ -88,7 +89,8 @@ class AdversarialTraining(StepCallback):
         x, y = self.batch.unpack(batch)
         clean = round(self.clean_fraction * len(x))
         generator = context.generator(x.device, "attack")
-        x_adv = self.attack(context.model(self), x[clean:], y[clean:], generator=generator)
+        attack = self.attack.at(context.trainer.current_epoch, context.max_epochs)
+        x_adv = attack(context.model(self), x[clean:], y[clean:], generator=generator)
         shown = torch.cat([x[:clean], x_adv]) if clean else x_adv
         attacked = self.batch.repack(batch, x=shown)
         if self._looked:

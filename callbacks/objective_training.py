@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with an objective in place of the module's own loss."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning as L
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining
-from lightning_robust.objectives import Objective
+from lightning_robust.objectives import Objective, ObjectiveOutput
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext
 
 __all__ = ["ObjectiveTraining"]
@@ -18,8 +20,9 @@ class ObjectiveTraining(StepCallback):
 
     The objective prepares each batch once (its attack, at the current weights) and is then the loss that everything
     further inside sees: sharpness-aware callbacks evaluate it at several weights, logit penalties and distillation add
-    to it and get its logits. ``train/loss`` and the objective's own parts (``train/NAME``) are logged per epoch;
-    metrics that the module computes in its ``training_step`` are not.
+    to it and get its logits. It is told when an epoch starts or ends and when a batch is done. ``train/loss`` and the
+    objective's own parts (``train/NAME``) are logged per epoch; metrics that the module computes in its
+    ``training_step`` are not.
 
     Cost: that of the objective; see there.
 
@@ -51,6 +54,7 @@ class ObjectiveTraining(StepCallback):
     ) -> None:
         super().__init__(logits_from=logits_from, batch=batch)
         self.objective = objective
+        self._epoch = -1  # of the last batch
 
     @property
     @override
@@ -81,21 +85,36 @@ class ObjectiveTraining(StepCallback):
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.objective.to(pl_module.device)
+        self._epoch = -1
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.objective.epoch_ends(trainer.current_epoch, partial(_total, trainer))
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
         x, y = self.batch.unpack(batch)
         model = context.model(self)
+        # Lightning has no hook for the start of an epoch that is continued in its middle
+        if context.trainer.current_epoch != self._epoch:
+            self._epoch = context.trainer.current_epoch
+            self.objective.epoch_starts(self._epoch, context.max_epochs)
         prepared = self.objective.prepare(model, x, y, generator=context.generator(x.device, "objective"))
+
+        counted: list[ObjectiveOutput] = []
 
         def step(_: Any) -> Any:
             output = self.objective(model, prepared)
+            if context.counted:
+                counted[:] = [output]
             for name, value in {"loss": output.loss, **output.logs}.items():
                 context.log(f"train/{name}", value, batch_size=len(x), prog_bar=name == "loss")
             return {"loss": output.loss, "logits": output.logits, "sample_losses": output.sample_losses}
 
         context.replace_core(step)
-        return run(batch)
+        result = run(batch)
+        self.objective.batch_ends(counted[0], partial(_total, context.trainer))
+        return result
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -104,3 +123,8 @@ class ObjectiveTraining(StepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.objective.load_state_dict(state_dict["objective"])
+
+
+def _total(trainer: L.Trainer, tensor: Tensor) -> Tensor:
+    summed: Tensor = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="sum")
+    return summed

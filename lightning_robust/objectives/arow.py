@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ARoW: a robustness penalty that weighs most where the model is least robust."""
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,6 +11,7 @@ from lightning_robust.attacks.conditions import Model
 from lightning_robust.checks import check_choice, check_in_range, check_non_negative
 from lightning_robust.losses import Criterion, cross_entropy, full_precision
 from lightning_robust.objectives.base import AttackedObjective, ObjectiveOutput, Prepared
+from lightning_robust.objectives.terms import divergences, label_probabilities
 
 __all__ = ["ARoW", "arow_loss"]
 
@@ -55,6 +54,7 @@ def arow_loss(
         ValueError: an unknown ``weighting``.
 
     Example:
+        >>> import torch
         >>> zeros = torch.zeros(1, 2)
         >>> arow_loss(zeros, zeros, torch.tensor([0]), prob_eps=0.0)
         (tensor(0.6931), tensor(0.6931), tensor(0.))
@@ -78,18 +78,11 @@ def _penalties(
     clean_logits: Tensor, adv_logits: Tensor, target: Tensor, weighting: Weighting, prob_eps: float
 ) -> Tensor:
     """The weighted divergence of each sample."""
-    log_p, log_q = (full_precision(logits).log_softmax(1) for logits in (clean_logits, adv_logits))
-    reference = log_q
-    if prob_eps > 0:
-        reference = torch.logaddexp(log_q, torch.full_like(log_q, math.log(prob_eps)))
-    p = log_p.exp()
-    divergence = (p * (log_p - reference)).sum(1)
-    judged = log_q.exp() if weighting == "arow" else p
-    if target.is_floating_point():
-        confidence = (target.to(judged) * judged).sum(1)
-    else:
-        confidence = judged.gather(1, target.long().unsqueeze(1)).squeeze(1)
-    return divergence * (1 - confidence if weighting == "arow" else confidence)
+    clean, adv = full_precision(clean_logits), full_precision(adv_logits)
+    judged = (adv if weighting == "arow" else clean).softmax(1)
+    labels = label_probabilities(target, judged)
+    weights = ((1 - labels if weighting == "arow" else labels) * judged).sum(1)  # 1 - q_y without cancellation
+    return divergences(clean, adv, prob_eps) * weights
 
 
 class ARoW(AttackedObjective):
@@ -128,6 +121,7 @@ class ARoW(AttackedObjective):
         their backward runs through the attack, which changes nothing.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(4, 3)
         >>> objective = ARoW(attack=PGD(eps=0.1, steps=2, loss="kl"))
         >>> prepared = objective.prepare(model, torch.rand(2, 4), torch.tensor([0, 2]))

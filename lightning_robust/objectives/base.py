@@ -2,6 +2,7 @@
 """A whole training loss that owns its forward passes."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +13,10 @@ from typing_extensions import override
 from lightning_robust.attacks import Attack
 from lightning_robust.attacks.conditions import Model
 
-__all__ = ["AttackedObjective", "Objective", "ObjectiveOutput", "Prepared"]
+__all__ = ["AttackedObjective", "Objective", "ObjectiveOutput", "Prepared", "Total"]
+
+#: The sum of a tensor over all processes; the tensor itself in a plain loop.
+Total = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Objective(nn.Module, ABC):
     example at the weights that a sharpness-aware method perturbs. State that has to survive a restart belongs in
     buffers.
 
+    An objective that changes during training says so in :meth:`epoch_starts`, :meth:`batch_ends` and
+    :meth:`epoch_ends`, which do nothing by default. :class:`~lightning_robust.callbacks.ObjectiveTraining` calls them;
+    a plain loop calls those that the objective overrides, with ``total=lambda tensor: tensor`` on one process.
+
     Shape:
         Images are ``[B, ...]``, targets ``[B]`` or ``[B, C]``, logits ``[B, C]``.
     """
@@ -73,6 +81,30 @@ class Objective(nn.Module, ABC):
             x: clean images.
             y: targets.
             generator: source of randomness on the device of ``x``.
+        """
+
+    def epoch_starts(self, epoch: int, max_epochs: int) -> None:
+        """Before the first batch of an epoch, also when training continues in its middle.
+
+        Args:
+            epoch: epoch, counted from 0.
+            max_epochs: epochs of the run; -1 if unknown.
+        """
+
+    def batch_ends(self, output: ObjectiveOutput, total: Total) -> None:
+        """Once after the loss of each batch, with its value at the weights that count; before the optimizer's step.
+
+        Args:
+            output: what :meth:`forward` returned.
+            total: sum over processes; all of them have to call it equally often.
+        """
+
+    def epoch_ends(self, epoch: int, total: Total) -> None:
+        """After the last batch of an epoch.
+
+        Args:
+            epoch: epoch, counted from 0.
+            total: sum over processes; all of them have to call it equally often.
         """
 
     def passes(self, inner: float) -> float:
@@ -105,10 +137,16 @@ class AttackedObjective(Objective):
     def __init__(self, attack: Attack) -> None:
         super().__init__()
         self.attack = attack
+        #: The attack of the running epoch; another one than :attr:`attack` if that is scheduled.
+        self.current_attack = attack
+
+    @override
+    def epoch_starts(self, epoch: int, max_epochs: int) -> None:
+        self.current_attack = self.attack.at(epoch, max_epochs)
 
     @override
     def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
-        return Prepared(x, y, self.attack(model, x, y, generator=generator))
+        return Prepared(x, y, self.current_attack(model, x, y, generator=generator))
 
     def clean_and_attacked(self, model: Model, prepared: Prepared, *, joint: bool) -> tuple[Tensor, Tensor]:
         """Logits of the clean and of the attacked images.

@@ -44,6 +44,7 @@ def trades_loss(
         The loss, its cross-entropy part and its divergence part (before ``beta``).
 
     Example:
+        >>> import torch
         >>> zeros = torch.zeros(1, 2)
         >>> trades_loss(zeros, zeros, torch.tensor([0]))
         (tensor(0.6931), tensor(0.6931), tensor(0.))
@@ -95,6 +96,7 @@ class TRADES(AttackedObjective):
         evaluates the clean prediction anew in every attack step, which gives the same numbers in evaluation mode.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(4, 3)
         >>> objective = TRADES(attack=PGD(eps=0.1, steps=2, loss="kl"))
         >>> prepared = objective.prepare(model, torch.rand(2, 4), torch.tensor([0, 2]))

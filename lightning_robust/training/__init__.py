@@ -4,6 +4,7 @@
 from lightning_robust.training.batches import BatchAdapter, RepeatableBatch, loss_of, replace_loss
 from lightning_robust.training.callback import StepCallback
 from lightning_robust.training.context import RunStep, StepContext, derive_seed
+from lightning_robust.training.evaluation_indices import EvaluationIndices
 from lightning_robust.training.indices import SampleIndices
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction, LogitsNotCaptured
 from lightning_robust.training.per_sample import PerSampleCallback
@@ -15,6 +16,7 @@ from lightning_robust.training.stages import REASONS, Stage
 __all__ = [
     "REASONS",
     "BatchAdapter",
+    "EvaluationIndices",
     "LogitsCapture",
     "LogitsFunction",
     "LogitsNotCaptured",

@@ -71,6 +71,11 @@ class StepContext:
         self._output: Any = None
 
     @property
+    def max_epochs(self) -> int:
+        """Epochs of the run; -1 if unknown."""
+        return self.trainer.max_epochs if self.trainer.max_epochs is not None else -1
+
+    @property
     def devices(self) -> set[torch.device]:
         """Devices that hold parameters of the module."""
         return module_devices(self.pl_module)

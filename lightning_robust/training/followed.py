@@ -21,6 +21,7 @@ class FollowedLoader:
         loader: the loader; the same object is followed and put back.
         asked: told which iteration is being asked, before the answer.
         remedy: end of the sentence that refuses a loader.
+        kind: what the loader is for, as messages name it.
 
     Raises:
         TypeError: for what cannot be followed: something that is no ``DataLoader``, an ``IterableDataset``, batches out
@@ -37,8 +38,10 @@ class FollowedLoader:
         >>> followed.release()
     """
 
-    def __init__(self, loader: Any, asked: Callable[["Iteration"], None], remedy: str = "") -> None:
-        _refuse_unfollowable(loader, remedy)
+    def __init__(
+        self, loader: Any, asked: Callable[["Iteration"], None], remedy: str = "", kind: str = "training"
+    ) -> None:
+        _refuse_unfollowable(loader, remedy, kind)
         self.loader = loader
         # DataLoader refuses that these are set; its iterators read them from here
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -119,24 +122,24 @@ def _set(followed: _FollowedSampler, **values: Any) -> None:
         object.__setattr__(followed, f"_followed_{name}", value)
 
 
-def _refuse_unfollowable(loader: Any, remedy: str) -> None:
+def _refuse_unfollowable(loader: Any, remedy: str, purpose: str) -> None:
     kind = type(loader)
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"The training loader is a {kind.__name__}, whose samples have no known index; {remedy}")
+        raise TypeError(f"The {purpose} loader is a {kind.__name__}, whose samples have no known index; {remedy}")
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(
-            f"The training dataset {type(loader.dataset).__name__} is an IterableDataset, whose samples have no known "
+            f"The {purpose} dataset {type(loader.dataset).__name__} is an IterableDataset, whose samples have no known "
             f"index; use a map-style dataset, or {remedy}"
         )
     if loader.num_workers and not loader.in_order:
         raise TypeError(
-            "The training loader has in_order=False, so its batches arrive in an unknown order; set in_order=True, or "
-            f"{remedy}"
+            f"The {purpose} loader has in_order=False, so its batches arrive in an unknown order; set in_order=True, "
+            f"or {remedy}"
         )
     plain = kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
     if not plain and not getattr(kind, "batches_follow_sampler", False):
         raise TypeError(
-            f"The training loader {kind.__name__} iterates in a way of its own, so its batches may not follow its "
+            f"The {purpose} loader {kind.__name__} iterates in a way of its own, so its batches may not follow its "
             f"sampler; use a plain DataLoader, set {kind.__name__}.batches_follow_sampler = True if they do, or "
             f"{remedy}"
         )

@@ -2,20 +2,19 @@
 """Which samples of the dataset a training batch consists of, without touching dataset, loader or training step."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
 from lightning_robust.checks import check_integer
 from lightning_robust.training.followed import FollowedLoader, Iteration
-from lightning_robust.training.replaced import ReplacedMethod
+from lightning_robust.training.replaced import WatchedMethod
 
-__all__ = ["SampleIndices"]
+__all__ = ["REMEDY", "SampleIndices", "as_indices", "entry_of"]
 
 REMEDY = (
     "let the dataset return the index of each sample and name that entry of the batch with index_key=... "
@@ -59,7 +58,7 @@ class SampleIndices:
         self.index_key = index_key
         self.num_samples = num_samples
         self._trainer: L.Trainer | None = None
-        self._watched: list[_Watched] = []
+        self._watched: list[WatchedMethod] = []
         self._followed: FollowedLoader | None = None
         self._asked: Iteration | None = None  # the last one that a loader asked
         self._fetched: tuple[int, Iteration | None] | None = None  # number of a batch, and where it comes from
@@ -77,9 +76,9 @@ class SampleIndices:
         self._trainer = trainer
         if self.index_key is None:
             self._watched = [
-                _Watched(trainer.fit_loop, "setup_data", before=self._set_up_begins, after=self._set_up_ends),
-                _Watched(trainer.strategy, "process_dataloader", after=self._follow),
-                _Watched(trainer.strategy, "batch_to_device", before=self._next_batch),
+                WatchedMethod(trainer.fit_loop, "setup_data", before=self._set_up_begins, after=self._set_up_ends),
+                WatchedMethod(trainer.strategy, "process_dataloader", after=self._follow),
+                WatchedMethod(trainer.strategy, "batch_to_device", before=self._next_batch),
             ]
 
     def remove(self) -> None:
@@ -122,9 +121,9 @@ class SampleIndices:
             RuntimeError: the sampler was not asked for this batch.
         """
         if self.index_key is not None:
-            indices = _as_tensor(_entry(batch, self.index_key))
+            indices = as_indices(entry_of(batch, self.index_key))
         else:
-            indices = _as_tensor(self._list_of_running_batch())
+            indices = as_indices(self._list_of_running_batch())
         if count > len(indices) or (count < len(indices) and not partial):
             raise ValueError(
                 f"The loader put {len(indices)} samples into this batch but the step has logits of {count}; methods "
@@ -192,32 +191,16 @@ class SampleIndices:
             self._list = (number, iteration.lists.popleft()) if iteration is not None and iteration.lists else None
 
 
-class _Watched(ReplacedMethod):
-    """A method that tells when it is called, and what it returned."""
+def entry_of(batch: Any, key: int | str) -> Any:
+    """The entry of a batch that holds the indices.
 
-    def __init__(
-        self,
-        owner: Any,
-        name: str,
-        *,
-        before: Callable[[], None] | None = None,
-        after: Callable[[Any], None] | None = None,
-    ) -> None:
-        super().__init__(owner, name)
-        self._before = before
-        self._after = after
+    Args:
+        batch: the batch.
+        key: key (mapping) or position (sequence).
 
-    @override
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        if self._before is not None:
-            self._before()
-        result = self.inner(*args, **kwargs)
-        if self._after is not None:
-            self._after(result)
-        return result
-
-
-def _entry(batch: Any, key: int | str) -> Any:
+    Raises:
+        KeyError: the batch has no such entry.
+    """
     try:
         return batch[key]
     except (KeyError, IndexError, TypeError):
@@ -225,7 +208,15 @@ def _entry(batch: Any, key: int | str) -> Any:
         raise KeyError(f"index_key={key!r} names no entry of the batch, which has {form}.") from None
 
 
-def _as_tensor(indices: Any) -> Tensor:
+def as_indices(indices: Any) -> Tensor:
+    """Indices of samples as a tensor ``[B]`` of int64.
+
+    Args:
+        indices: a tensor, or a list of integers.
+
+    Raises:
+        TypeError: they are something else.
+    """
     if isinstance(indices, Tensor) and indices.ndim == 1 and not indices.is_floating_point():
         return indices.long()
     if isinstance(indices, list | tuple):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-__all__ = ["ReplacedMethod"]
+from typing_extensions import override
+
+__all__ = ["ReplacedMethod", "WatchedMethod"]
 
 
 class ReplacedMethod:
@@ -80,6 +82,38 @@ class ReplacedMethod:
             del vars(self.owner)[self.name]
         else:
             vars(self.owner)[self.name] = hidden
+
+
+class WatchedMethod(ReplacedMethod):
+    """A method that tells when it is called, and what it returned.
+
+    Args:
+        owner: the object.
+        name: the method.
+        before: called before it.
+        after: called after it, with what it returned.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[Any], None] | None = None,
+    ) -> None:
+        super().__init__(owner, name)
+        self._before = before
+        self._after = after
+
+    @override
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._before is not None:
+            self._before()
+        result = self.inner(*args, **kwargs)
+        if self._after is not None:
+            self._after(result)
+        return result
 
 
 _ABSENT = object()

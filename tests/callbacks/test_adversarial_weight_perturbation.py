@@ -39,7 +39,7 @@ def test_equals_the_explicit_loop(method, with_objective, accumulate):
     reference = twin(ours).double()
     inside = ObjectiveTraining(trades()) if with_objective else AdversarialTraining(attack())
     fit(ours, SharpnessAware(method), inside, precision="64-true", accumulate_grad_batches=accumulate)
-    explicit = Method(list, adversarial=not with_objective, objective=with_objective, sharp=method)
+    explicit = Method(list, adversarial=not with_objective, objective=trades if with_objective else None, sharp=method)
     batches = [[[(x.double(), y) for x, y in loader()]] for _ in range(2)]
     train(reference, explicit, batches=batches, accumulate=accumulate)
     state = reference.state_dict()

@@ -137,6 +137,26 @@ def test_preparation_attacks_and_leaves_the_model_alone(net):
         )
 
 
+def test_l2_attack_of_the_paper(net):
+    """Normalised steps of 2 eps / K, then the possible pixels, then the ball."""
+    x, y = images(dtype=torch.float64)
+    net.eval()
+    eps, steps = 0.5, 4
+    noise = 0.001 * torch.randn_like(x)
+    reference = net(x).softmax(1).detach()
+    moved = noise.clone()
+    for _ in range(steps):
+        z = (x + moved).requires_grad_()
+        F.kl_div(net(z).log_softmax(1), reference, reduction="sum").backward()
+        moved = moved + 2 * eps / steps * z.grad / z.grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        moved = (x + moved).clamp(0, 1) - x
+        lengths = moved.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        moved = moved * (eps / lengths).clamp(max=1)
+    options = {"step_size": 2 * eps / steps, "loss": "kl", "random_start": "normal", "projection": "box-ball"}
+    attack = PGD(eps=eps, norm="l2", steps=steps, **options)
+    torch.testing.assert_close(attack(net, x, y, start=x + noise), x + moved, rtol=1e-6, atol=1e-9)
+
+
 def test_published_defaults():
     attack = TRADES().attack
     assert (attack.eps, attack.step_size, attack.steps) == (0.031, 0.007, 10)

@@ -39,7 +39,11 @@ def launch(*command, **options):
         )
         for rank in range(WORLD)
     ]
-    outputs = [process.communicate(timeout=280)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=280)[0] for process in processes]
+    finally:
+        for process in processes:  # one that waits for a partner that is gone would wait for ever
+            process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(output[-3000:] for output in outputs)
     return outputs
 

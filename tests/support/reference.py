@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,19 @@ from lightning_robust.callbacks import (
 from lightning_robust.distillation import KD
 from lightning_robust.guards import buffers_restored
 from lightning_robust.losses import MaxSup, full_precision
-from lightning_robust.objectives import TRADES
+from lightning_robust.objectives import (
+    AAER,
+    DAFA,
+    ELLEA,
+    GAIRAT,
+    HAT,
+    MART,
+    SCORE,
+    TRADES,
+    WEAT,
+    AVmixup,
+    Objective,
+)
 from lightning_robust.sharpness import (
     AMP,
     ASAM,
@@ -62,8 +75,52 @@ def attack():
     return PGD(eps=0.1, steps=2, step_size=0.05)
 
 
+def divergence_attack():
+    # a start far from the image: next to it the signs of the divergence's gradient are rounding
+    return PGD(eps=0.1, steps=2, step_size=0.05, loss="kl")
+
+
 def trades():
-    return TRADES(beta=3.0, attack=PGD(eps=0.1, steps=2, step_size=0.05, loss="kl", random_start="normal"))
+    return TRADES(beta=3.0, attack=divergence_attack())
+
+
+def gairat():
+    return GAIRAT(attack=PGD(eps=0.1, steps=3, step_size=0.05), start_epoch=1)
+
+
+def hat():
+    return HAT(teacher(), attack=divergence_attack())
+
+
+def elle_a():
+    # the network is almost linear: a large budget, a weight from the beginning, and a low threshold to jump over
+    objective = ELLEA(attack=FGSM(eps=0.5, mode="train"), max_weight=300.0, decay=0.8, sensitivity=0.0)
+    objective.weight.fill_(100.0)
+    return objective
+
+
+def aaer():
+    return AAER(attack=FGSM(eps=0.3, step_size=0.6, random_start=True, mode="train"))
+
+
+def mart():
+    return MART(attack=PGD(eps=0.1, steps=2, step_size=0.05, random_start="normal"))
+
+
+def score():
+    return SCORE(clip=0.02, attack=PGD(eps=0.1, steps=2, step_size=0.05, loss="lse", mode="train-frozen-stats"))
+
+
+def weat():
+    return WEAT(attack=divergence_attack())
+
+
+def avmixup():
+    return AVmixup(attack=PGD(eps=0.1, steps=2, step_size=0.05, mode="train"))
+
+
+def dafa():
+    return DAFA(num_classes=CLASSES, warmup=1, attack=divergence_attack())
 
 
 def rwp():
@@ -81,7 +138,7 @@ class Method:
     callbacks: Any
     adversarial: bool = False
     shared: bool = False
-    objective: bool = False
+    objective: Callable[[], Objective] | None = None
     penalty: bool = False
     teacher: bool = False
     sharp: SharpnessMethod | None = None
@@ -91,6 +148,7 @@ class Method:
     def start(self, module):
         """What a loss remembers begins anew."""
         self.past = {}
+        self.objectives, self.outputs = {}, {}  # by rank
         self.average = copy.deepcopy(module).eval() if self.mesa else None
 
     def stepped(self, module):
@@ -99,6 +157,20 @@ class Method:
             for ours, theirs in zip(self.average.state_dict().values(), module.state_dict().values(), strict=True):
                 if ours.is_floating_point():
                     ours.lerp_(theirs, 0.2)
+
+    def tell(self, hook, what=None):
+        """Call a hook of each rank's objective, with sums over the simulated ranks."""
+
+        def call(objective, rank, total):
+            getattr(objective, hook)(self.outputs[rank] if what is None else what, total)
+
+        told = {rank: [] for rank in self.objectives}
+        for rank, objective in self.objectives.items():
+            call(copy.deepcopy(objective), rank, lambda tensor, mine=told[rank]: mine.append(tensor) or tensor)
+        sums = [torch.stack(tensors).sum(0) for tensors in zip(*told.values(), strict=True)]
+        for rank, objective in self.objectives.items():
+            remaining = iter(sums)
+            call(objective, rank, lambda tensor, remaining=remaining: next(remaining))
 
     def prepare(self, module, batch, seed, rank, epoch, index):
         """What is computed once per batch, at the unperturbed weights.
@@ -111,11 +183,12 @@ class Method:
             return torch.Generator().manual_seed(derive_seed(seed, rank, epoch, index, salt))
 
         if self.objective:
-            objective = trades()
+            objective = self.objectives.setdefault(rank, self.objective())
+            objective.epoch_starts(epoch, 2)
             prepared = objective.prepare(module, x, y, generator=generator("objective"))
 
             def whole(ascent=False):
-                output = objective(module, prepared)
+                output = self.outputs[rank] = objective(module, prepared)
                 return Evaluation(output.loss, lambda: output.sample_losses)
 
             return whole, []
@@ -191,7 +264,21 @@ METHODS = {
     "adversarial": Method(lambda: [AdversarialTraining(attack())], adversarial=True),
     "maxsup": Method(lambda: [LogitRegularization(MaxSup(alpha=0.5))], penalty=True),
     "distill": Method(lambda: [Distillation(teacher(), KD(temperature=2.0))], teacher=True),
-    "trades": Method(lambda: [ObjectiveTraining(trades())], objective=True),
+    **{
+        name: Method(lambda make=make: [ObjectiveTraining(make())], objective=make)
+        for name, make in {
+            "trades": trades,
+            "mart": mart,
+            "score": score,
+            "weat": weat,
+            "avmixup": avmixup,
+            "dafa": dafa,
+            "gairat": gairat,
+            "hat": hat,
+            "elle-a": elle_a,
+            "aaer": aaer,
+        }.items()
+    },
     "all": Method(
         lambda: [
             # listed in the wrong order on purpose: stages decide; among losses the first listed is applied last
@@ -234,6 +321,7 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
                 for rank in range(world)
             ]
             rank_gradients, rank_moves = zip(*together(sharp, started), strict=True)
+            method.tell("batch_ends")
             for moves in zip(*rank_moves, strict=True):
                 tensor, offset = moves[0][0], torch.stack([offset for _, offset in moves]).mean(0) * (1 / accumulate)
                 pending[tensor] = pending[tensor] + offset if tensor in pending else offset
@@ -254,6 +342,7 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
                         tensor.data += offset
                 steps += 1
                 method.stepped(module)
+        method.tell("epoch_ends", epoch)
     return module
 
 

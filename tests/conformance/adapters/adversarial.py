@@ -1,11 +1,13 @@
 """Adversarial training: attacks and objectives against what the official implementations computed."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_robust.attacks import FGSM, PGD
-from lightning_robust.objectives import TRADES, Prepared, trades_loss
+from lightning_robust.objectives import TRADES, AdversarialCrossEntropy, Prepared, trades_loss
 from support.golden import Golden, adapter
 
 NORMS = {"l_inf": "linf", "linf": "linf", "l_2": "l2", "l2": "l2"}
@@ -71,6 +73,7 @@ def tolerance(norm: str) -> float:
 def pgd_at_e2e(golden: Golden) -> None:
     hyper = golden.hyper
     norm = NORMS[hyper["norm"]]
+    modes = re.findall("train|eval", hyper.get("model_mode", "train"))  # of the attack, then of the loss
     attack = PGD(
         eps=hyper["epsilon"],
         norm=norm,
@@ -78,7 +81,7 @@ def pgd_at_e2e(golden: Golden) -> None:
         step_size=hyper["alpha"],
         random_start="uniform" if norm == "linf" else "radial",
         restarts=hyper.get("restarts", 1),
-        mode="train",
+        mode=modes[0],
         evaluate_result=True,
     )
     model = network(golden)
@@ -89,7 +92,9 @@ def pgd_at_e2e(golden: Golden) -> None:
     golden.check("x_adv", x_adv, tolerance(norm), atol)
     golden.check("delta", x_adv - x, tolerance(norm), max(atol, 1e-9))
     check_buffers(golden, "after_attack/", model, tolerance(norm))
-    loss = F.cross_entropy(model(x_adv if norm == "linf" else golden.tensor("x_adv")), labels)
+    model.train(modes[-1] == "train")
+    trained_on = Prepared(x, labels, x_adv if norm == "linf" else golden.tensor("x_adv"))
+    loss = AdversarialCrossEntropy(attack=attack)(model, trained_on).loss
     check_loss_and_gradients(golden, model, loss, 1e-8)
 
 
@@ -105,10 +110,11 @@ def single_step(golden: Golden, radius: float, **options: object) -> None:
         **options,
     )
     model = network(golden)
-    labels = golden.tensor("labels")
-    x_adv = attack(model, golden.tensor("x_norm"), labels, start=golden.tensor("x_start"))
+    x, labels = golden.tensor("x_norm"), golden.tensor("labels")
+    x_adv = attack(model, x, labels, start=golden.tensor("x_start"))
     golden.check("x_adv", x_adv, 1e-8)
-    check_loss_and_gradients(golden, model, F.cross_entropy(model(x_adv), labels), 1e-8)
+    loss = AdversarialCrossEntropy(attack=attack)(model, Prepared(x, labels, x_adv)).loss
+    check_loss_and_gradients(golden, model, loss, 1e-8)
 
 
 @adapter("adversarial", "fgsm_rs_e2e")
