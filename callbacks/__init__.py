@@ -9,6 +9,8 @@ from lightning_robust.callbacks.logit_regularization import LogitRegularization
 from lightning_robust.callbacks.mesa import MESA
 from lightning_robust.callbacks.objective_training import ObjectiveTraining
 from lightning_robust.callbacks.orthogonal_gradient import OrthogonalGradient
+from lightning_robust.callbacks.overfitting_guard import OverfittingGuard
+from lightning_robust.callbacks.robust_evaluation import RobustEvaluation
 from lightning_robust.callbacks.robustness_monitor import RobustnessMonitor
 from lightning_robust.callbacks.saf import SAF
 from lightning_robust.callbacks.seeded_steps import SeededSteps
@@ -25,6 +27,8 @@ __all__ = [
     "LogitRegularization",
     "ObjectiveTraining",
     "OrthogonalGradient",
+    "OverfittingGuard",
+    "RobustEvaluation",
     "RobustnessMonitor",
     "SeededSteps",
     "SharpnessAware",

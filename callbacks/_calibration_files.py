@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # an optional dependency
 __all__ = ["matplotlib_is_installed", "output_folder", "send_figure", "write_files"]
 
 
-def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path | None:
-    """Where files go: ``dirpath``, else ``calibration/`` in the log folder; None if that is nowhere sensible.
+def output_folder(trainer: L.Trainer, dirpath: str | None, name: str = "calibration") -> Path | None:
+    """Where files go: ``dirpath``, else a folder in the log folder; None if that is nowhere sensible.
 
     A Trainer without a logger and without ``default_root_dir`` names the working directory: nothing is written there.
     Must be called in all processes (``trainer.log_dir`` is agreed upon among them).
@@ -31,6 +31,7 @@ def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path | None:
     Args:
         trainer: The Trainer.
         dirpath: The user's choice.
+        name: Name of the folder in the log folder.
     """
     log_dir = trainer.log_dir
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -39,7 +40,7 @@ def output_folder(trainer: L.Trainer, dirpath: str | None) -> Path | None:
         return Path(dirpath)
     if log_dir is None or "://" in str(log_dir) or Path(log_dir).resolve() == Path.cwd():
         return None
-    return Path(log_dir) / "calibration"
+    return Path(log_dir) / name
 
 
 def matplotlib_is_installed() -> bool:

@@ -11,11 +11,11 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.segment import Segment
 from rich.text import Text
 
-__all__ = ["Display", "Terminal", "View"]
+__all__ = ["MIN_ROWS", "Display", "Terminal", "View", "rich_progress"]
 
 Display = Literal["auto", "panel", "print", "line", "off"]
 
-_MIN_ROWS = 20  # a panel that is higher than the terminal is cut while the bar is live
+MIN_ROWS = 20  # a panel that is higher than the terminal is cut while the bar is live
 
 
 class View(Protocol):
@@ -52,12 +52,12 @@ class Terminal:
         """
         if self.display == "off" or not views:
             return
-        progress = _rich_progress(trainer)
+        progress = rich_progress(trainer)
         console = progress.console if progress is not None else get_console()
         terminal = console.is_terminal and not console.is_dumb_terminal
         if self.display == "line" or (self.display != "print" and not terminal and not console.is_jupyter):
             _write(trainer, "\n".join(view.line(unicode=_speaks_unicode(console)) for view in views))
-        elif self.display != "print" and progress is not None and console.height >= _MIN_ROWS:
+        elif self.display != "print" and progress is not None and console.height >= MIN_ROWS:
             self._live.views = tuple(views)
             self._live.attach(progress)
         else:
@@ -76,7 +76,7 @@ class Terminal:
             trainer: The running Trainer.
         """
         if self._live.views:
-            progress = _rich_progress(trainer)
+            progress = rich_progress(trainer)
             if progress is not None:
                 self._live.attach(progress)
 
@@ -117,7 +117,7 @@ class _LivePanel:
             if self.views:
                 drawn = (
                     _renderable(self.views, console, only_first=True)
-                    if console.height >= _MIN_ROWS
+                    if console.height >= MIN_ROWS
                     else _lines(self.views, console)
                 )
                 self._segments = list(console.render(drawn, options.update(height=None)))
@@ -125,8 +125,12 @@ class _LivePanel:
         yield from self._segments
 
 
-def _rich_progress(trainer: L.Trainer) -> Any:
-    """The running progress of Lightning's rich bar, if there is one."""
+def rich_progress(trainer: L.Trainer) -> Any:
+    """The running progress of Lightning's rich bar, if there is one.
+
+    Args:
+        trainer: The running Trainer.
+    """
     bar = trainer.progress_bar_callback
     progress = bar.progress if isinstance(bar, RichProgressBar) and bar.is_enabled else None
     return progress if progress is not None and progress.live.is_started else None

@@ -27,13 +27,22 @@ def test_monitor_counts_what_one_process_counts(ranks):
             assert rank["logged"][name] == pytest.approx(alone[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adversarial", "objective"])
+@pytest.mark.parametrize("name", ["adversarial", "objective", "guard", "elle-a"])
 def test_ranks_keep_the_same_weights_and_numbers(ranks, name):
     assert torch.equal(ranks[0][name], ranks[1][name])
     logged = [{key: value for key, value in rank[f"{name} metrics"].items() if "val_loss" not in key} for rank in ranks]
     own = {"train_acc", "train_loss"}  # the module logs these without reducing them
     assert all(logged[0][key] == logged[1][key] for key in set(logged[0]) - own)
-    assert {"val/adv_acc"} <= set(logged[0]) or name == "objective"
+    assert {"val/adv_acc"} <= set(logged[0]) or name != "adversarial"
+    assert {"val/guard_robust_acc"} <= set(logged[0]) or name != "guard"
+
+
+def test_the_state_of_an_objective_is_that_of_all_ranks(ranks):
+    first, second = (rank["elle-a state"] for rank in ranks)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert int(first["count"]) == 6
+    assert float(first["weight"]) > 0
 
 
 def test_starts_differ_between_ranks(ranks):

@@ -7,9 +7,11 @@ import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_robust.attacks import PGD
 from lightning_robust.callbacks import RobustnessMonitor
+from lightning_robust.metrics.accumulator import calibration_sums
 from support.attacked import differences, snapshot
 from support.modules import DictModule, PlainModule, loader, trainer, weights_of
 
@@ -57,6 +59,27 @@ def test_values(limit, samples, stage):
     accuracy, nll = expected(module, samples)
     assert logged[f"{prefix}/adv_acc"] == pytest.approx(accuracy, abs=1e-6)
     assert logged[f"{prefix}/adv_nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_calibration_and_confidence_of_clean_and_attacked_images():
+    module = Watched()
+    monitor = RobustnessMonitor(attack(), max_samples=None)
+    (logged,) = trainer(monitor).validate(module, loader(), verbose=False)
+    data = loader(24, batch_size=24).dataset
+    x_adv = attack()(module.eval(), data.x, data.y)
+    for prefix, images in (("val/adv_", x_adv), ("val/adv_clean_", data.x)):
+        with torch.no_grad():
+            confidence, answer = module(images).softmax(1).max(1)
+        right = answer == data.y
+        ece = multiclass_calibration_error(module(images).detach(), data.y, num_classes=4, n_bins=15)
+        assert logged[f"{prefix}acc"] == pytest.approx(right.float().mean().item(), abs=1e-6)
+        assert logged[f"{prefix}ece"] == pytest.approx(ece.item(), abs=1e-6)
+        assert 0 < right.sum() < 24 or "attacked" in prefix
+        for name, rows in (("conf_right", right), ("conf_wrong", ~right)):
+            assert (f"{prefix}{name}" in logged) == bool(rows.any())
+            if rows.any():
+                assert logged[f"{prefix}{name}"] == pytest.approx(confidence[rows].mean().item(), abs=1e-6)
+    assert int(monitor.tables["attacked"].total) == int(monitor.tables["clean"].total) == 24
 
 
 def test_cost():
@@ -180,12 +203,10 @@ def test_diverged_weights_are_an_error():
         module.net[-1].bias[0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinite logits"):
         trainer(RobustnessMonitor(attack())).validate(module, loader(), verbose=False)
-    monitor = RobustnessMonitor(attack())
-    monitor.attack._problem = None
-    monitor._model = module  # as on a device, where the attack does not look at every batch
-    monitor._totals = torch.tensor([3.0, float("nan"), 6.0])
+    # as on a device, where the attack does not look at every batch
+    sums = torch.stack([calibration_sums(torch.full((3, 4), float("nan")), torch.zeros(3, dtype=torch.long))] * 2)
     with pytest.raises(ValueError, match="Watched returned NaN or infinite logits"):
-        monitor._log(trainer(), module, "validate")
+        RobustnessMonitor(attack()).conclude(trainer(), module, "validate", sums)
 
 
 @pytest.mark.parametrize(
@@ -281,8 +302,8 @@ def test_the_comparison_costs_one_forward_per_run():
     module = Counts(lr=0.0)
     run = trainer(RobustnessMonitor(attack(), every_n_epochs=2), max_epochs=4)
     run.fit(module, loader(length=6), loader())
-    # 4 training steps, 4 x 4 validation steps, and twice 4 batches with 3 attack steps and 1 result
-    assert module.calls == 4 + 16 + 2 * 4 * (3 + 1) + 1
+    # 4 training steps, 4 x 4 validation steps, and twice 4 batches with 3 attack steps and 2 results
+    assert module.calls == 4 + 16 + 2 * 4 * (3 + 2) + 1
     assert "validation_step" not in vars(module)
 
 
