@@ -51,6 +51,8 @@ class RecipeCLI(LightningCLI):
         UsageError: If the configuration is not accepted.
     """
 
+    linked: tuple[str, ...] = LINKED
+
     def __init__(self, config: dict[str, Any], changes: Sequence[str] = ()) -> None:
         import_rooms()
         check_methods(config, changes)
@@ -87,7 +89,7 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--evaluation.max_attacked", type=int | None, default=None, help="attack only the first so many samples"
         )
-        for name in LINKED:
+        for name in self.linked:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     @override
@@ -181,7 +183,7 @@ class RecipeCLI(LightningCLI):
 
     def _refuse_disagreement(self) -> None:
         """A link silently overrides what the user gave to the model; that must not happen."""
-        for name in LINKED:
+        for name in self.linked:
             if self.datamodule is None or not hasattr(self.datamodule, name):
                 continue
             asked = self._given_to_model(name)

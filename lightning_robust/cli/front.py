@@ -23,6 +23,7 @@ start here:
   lightning-robust run digits-robust                         train, attack, calibrate; ends with a table and a picture
   lightning-robust run digits-sam --methods.sharpness.method.rho 0.1 --trainer.max_epochs 5
   lightning-robust copy digits-sam mine.yaml                 then: lightning-robust run mine.yaml
+  lightning-robust eval runs/digits-robust/1 --attack autoattack          attack what was trained
 """
 
 CHECK_USAGE = "lightning-robust check RECIPE [--baseline RECIPE|none] [--any.option VALUE ...]"
@@ -35,6 +36,27 @@ RUN_USAGE = """lightning-robust run RECIPE [--out FOLDER] [--baseline RECIPE|non
   --baseline RECIPE     compare with this recipe instead of the one that the recipe names; `none` for no comparison
   --fresh               train the baseline again even when an identical finished run exists
   --resume RUN_FOLDER   continue a stopped run from its last checkpoint with its own configuration"""
+
+EVAL_USAGE = """lightning-robust eval RUN|CHECKPOINT|TIMM-NAME [--attack NAME] [--eps 8/255] [--norm linf] ...
+       lightning-robust eval --resume FOLDER
+
+  RUN                   run folder: its own model, best weights and data
+  CHECKPOINT            checkpoint of a run folder, or of an ImageClassifier (with --data)
+  TIMM-NAME             trained model of timm (with --data)
+  --attack NAME         autoattack, fast (its first two members), pgd, apgd, square, ...: any class of
+                        lightning_robust.attacks in small letters; default: the attack of the run's recipe
+  --attack.OPTION VALUE one option of the attack, for example --attack.steps 20
+  --eps E, --norm N     the budget, in pixel units; default: that of the recipe's attack, else of the attack's class
+  --data CLASS, --data.OPTION VALUE        other data, or other options of it
+  --samples N           the first N samples only
+  --split test|val      which samples (default: test)
+  --checks quick|full|none                 sanity checks (default: quick)
+  --seed N              seed of all random draws of the attack
+  --devices N           processes that share the samples; the result does not depend on it
+  --craft_dtype T       bfloat16 or float16: attack in low precision; points are verified in float32
+  --out FOLDER          where everything goes (default: RUN/eval/<n>, evals/NAME/<n>)
+  --plot                a picture, too
+  --resume FOLDER       continue a killed evaluation"""
 
 CHANGES = """\
 Every value of a recipe can be changed by its path:
@@ -53,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
-    # argparse would claim the options of a recipe for itself, so it sees only the name of these two commands.
-    passes_on = bool(words) and words[0] in {"run", "check"} and not {"-h", "--help"} & set(words)
+    # argparse would claim the options of a recipe for itself, so it sees only the name of these commands.
+    passes_on = bool(words) and words[0] in {"run", "check", "eval"} and not {"-h", "--help"} & set(words)
     options = parser.parse_args(words[:1] if passes_on else words)
     options.words = words[1:]
     if options.command is None:
@@ -119,6 +141,7 @@ def _add_commands(commands: Any) -> None:
     command("check", _check, text, epilog=CHANGES, usage=CHECK_USAGE)
     text = "Train a recipe (and the baseline that it names), evaluate, and compare."
     command("run", _run, text, epilog=CHANGES, usage=RUN_USAGE)
+    command("eval", _eval, "Attack a trained model on its test set and report what withstood.", usage=EVAL_USAGE)
     sub = command("report", _report, "Table, and optionally a picture, of several runs side by side.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     sub.add_argument("--plot", type=Path, metavar="PNG", help="write a picture, and its numbers as CSV beside it")
@@ -186,6 +209,16 @@ def _run(options: argparse.Namespace) -> int:
         from lightning_robust.cli.runner import run
 
     return run(arguments)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from lightning_robust.cli.eval_arguments import parse_eval
+
+    parse_eval(options.words)
+    with _loading():
+        from lightning_robust.cli.evaluation import evaluate_command
+
+    return evaluate_command(options.words)
 
 
 def _loading() -> Status:

@@ -141,6 +141,7 @@ def _wrong_value(text: str, expectation: str, got: str, classes: Sequence[str]) 
     key = _KEY.findall(text)[-1] if _KEY.search(text) else "value"
     owner = f" of {_short(classes[-1])}" if classes else ""
     kind = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", expectation).removeprefix("Expected ")
+    kind = re.sub(r"\ba int\b", "an integer", re.sub(r"\ba typing\.Literal\[(.*)\]", r"one of \1", kind))
     return UsageError(f"Expected `{key}`{owner} to be {kind} but got {got}.")
 
 

@@ -128,7 +128,7 @@ def _type_name(hint: Any) -> str:
 
 def _choices(hint: Any) -> list[str]:
     """Names of the methods that fit a type."""
-    bases = [part for part in (hint, *get_args(hint)) if part in KINDS]
+    bases = [part for part in (hint, *get_args(hint)) if inspect.isclass(part) and part in KINDS]
     return [name for name, (_, item) in methods().items() if any(issubclass(item, base) for base in bases)]
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_robust.cli.errors import UsageError
+from lightning_robust.cli.evaluations import evaluations_table
 from lightning_robust.cli.folders import read_summary
 from lightning_robust.cli.tables import new_table
 
@@ -51,6 +52,8 @@ def report(folders: Sequence[Path], *, plot: Path | None = None) -> None:
     unfinished = [row["name"] for row in rows if not row.get("evaluation")]
     if unfinished:
         console.print(f"Not evaluated yet: {', '.join(unfinished)}.", highlight=False)
+    if (evaluations := evaluations_table([(row["name"], row["folder"]) for row in rows])) is not None:
+        console.print(evaluations)
     if plot is None:
         return
     numbers = write_numbers(rows, plot.with_suffix(".csv"))

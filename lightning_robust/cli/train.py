@@ -18,7 +18,7 @@ from lightning_robust.cli.launch import is_first_process
 from lightning_robust.cli.records import BEST, RESUMABLE, RunLogger, TrainingClock, run_checkpoints
 from lightning_robust.training import StepPipeline
 
-__all__ = ["best_weights", "latest_checkpoint", "load_checkpoint", "start_summary", "train"]
+__all__ = ["best_weights", "latest_checkpoint", "load_checkpoint", "refuse_other_classes", "start_summary", "train"]
 
 
 def start_summary(recipe: str, cli: RecipeCLI, folder: Path, **more: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def train(cli: RecipeCLI, folder: Path, summary: dict[str, Any], *, checkpoint: 
     step = 0 if checkpoint is None else _steps(checkpoint)
     _build(cli, folder, clock, step)
     if checkpoint is not None:
-        _refuse_other_classes(cli.model, checkpoint)
+        refuse_other_classes(cli.model, checkpoint)
     summary["status"] = "running"
     if first:
         write_json(folder / SUMMARY, summary)
@@ -153,7 +153,16 @@ def _trusted(checkpoint: Path | None) -> dict[str, Any]:
     return {"weights_only": False} if checkpoint is not None and known else {}
 
 
-def _refuse_other_classes(model: L.LightningModule, checkpoint: Path) -> None:
+def refuse_other_classes(model: L.LightningModule, checkpoint: Path) -> None:
+    """Refuse a checkpoint of a model of another shape.
+
+    Args:
+        model: The model as it is configured.
+        checkpoint: The checkpoint.
+
+    Raises:
+        CommandError: If they do not fit.
+    """
     content = load_checkpoint(checkpoint)
     now, then = getattr(model, "num_classes", None), content.get("hyper_parameters", {}).get("num_classes")
     if now is not None and then is not None and now != then:

@@ -95,7 +95,7 @@ CHANGES = [
     ),
     (["--methods.x", "LogitRegularization"], "LogitRegularization needs a value for `regularizer` (in `methods`).", ""),
     (["--model.widht", "2"], "--model.widht: TinyClassifier has no option `widht`.", "Did you mean `width`?"),
-    (["--model.width", "x"], "Expected `width` of TinyClassifier to be a int but got x.", ""),
+    (["--model.width", "x"], "Expected `width` of TinyClassifier to be an integer but got x.", ""),
     (["--model.width", "0"], "Expected `width` to be an integer >= 1 but got 0.", ""),
     (["--model", "Tiny"], "There is no class called `Tiny` (in `model`).", "needs its full path"),
     (["--data.batch_sise", "2"], "--data.batch_sise: DigitsDataModule has no option `batch_sise`.", "`batch_size`?"),

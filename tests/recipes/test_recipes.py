@@ -25,12 +25,20 @@ def test_form(name):
     assert recipe.config()["seed_everything"] == 0
 
 
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_configuration_is_accepted_and_everything_can_be_built(name):
+def test_configuration_is_accepted_and_everything_can_be_built(name, tmp_path):
     config = fill(RECIPES[name].config(), {BASELINE: "some.ckpt"})
+    classes = CLASSES[name.partition("-")[0]]
+    if name.startswith("imagenet"):
+        for index in range(classes):
+            (tmp_path / "train" / f"n{index:08}").mkdir(parents=True)
+        config["data"]["init_args"]["root"] = str(tmp_path)
     cli = RecipeCLI({**config, "trainer": {**config["trainer"], "accelerator": "cpu"}})
     cli.rehearse()
-    assert cli.model.num_classes == (100 if name.startswith("cifar100") else 10)
+    assert cli.model.num_classes == classes
     assert cli.evaluation_settings()["attack"].startswith("PGD(")
 
 
