@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notices when adversarial training stops to help, or breaks, and can end it at the best epoch."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
@@ -162,8 +163,7 @@ class OverfittingGuard(AttackedValidation):
         path = self._kept(trainer).best_model_path if self.action == "restore" else ""
         if path:
             # on all ranks: they train the same weights
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            pl_module.load_state_dict(state)
+            pl_module.load_state_dict(_weights(path))
             rank_zero_info(f"OverfittingGuard restored the most robust epoch, {path}.")
 
     @override
@@ -221,6 +221,18 @@ class OverfittingGuard(AttackedValidation):
             "OverfittingGuard(action='restore') needs the checkpoint of the most robust epoch; add "
             "ModelCheckpoint(monitor='val/guard_robust_acc', mode='max') to the Trainer's callbacks."
         )
+
+
+def _weights(path: str) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The most robust epoch, {path}, holds objects beside weights, which are not loaded unasked, so the last "
+            "weights stay; keep weights only, with ModelCheckpoint(save_weights_only=True) and save_hyperparameters of "
+            "plain values."
+        ) from error
+    return weights
 
 
 def _single_step_of(attack: PGD) -> FGSM:

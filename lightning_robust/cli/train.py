@@ -2,6 +2,7 @@
 """Train one configured run in its own folder."""
 
 import inspect
+import pickle
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,7 +67,7 @@ def train(cli: RecipeCLI, folder: Path, summary: dict[str, Any], *, checkpoint: 
     if first:
         write_json(folder / SUMMARY, summary)
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, **_trusted(checkpoint))
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, **_without_code(checkpoint))
     except BaseException as error:
         # Lightning turns Ctrl-C into SystemExit after an orderly shutdown.
         stopped = isinstance(error, SystemExit | KeyboardInterrupt)
@@ -139,18 +140,27 @@ def _steps(checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint of a run folder, with whatever the callbacks and the module of that run have put into it.
+    """Read a checkpoint of a run folder; nothing in it is executed.
 
     Args:
-        checkpoint: A file that an earlier run of the same user wrote.
+        checkpoint: A file that an earlier run wrote.
+
+    Raises:
+        CommandError: If it holds more than tensors and plain values.
     """
-    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    try:
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CommandError(
+            f"{checkpoint} holds objects beside tensors and plain values, which could run code, so it is not loaded.",
+            "Keep them out of save_hyperparameters and out of the state of callbacks and module.",
+        ) from error
     return content
 
 
-def _trusted(checkpoint: Path | None) -> dict[str, Any]:
+def _without_code(checkpoint: Path | None) -> dict[str, Any]:
     known = "weights_only" in inspect.signature(L.Trainer.fit).parameters  # since Lightning 2.6
-    return {"weights_only": False} if checkpoint is not None and known else {}
+    return {"weights_only": True} if checkpoint is not None and known else {}
 
 
 def refuse_other_classes(model: L.LightningModule, checkpoint: Path) -> None:

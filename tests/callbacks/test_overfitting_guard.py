@@ -166,6 +166,21 @@ def test_restore_loads_the_most_robust_epoch(tmp_path, monitor):
     assert torch.equal(weights_of(options["module"]), seen.weights[best])
 
 
+class Setting:
+    """Something that a checkpoint should not hold."""
+
+
+def test_a_checkpoint_that_holds_objects_is_refused(tmp_path):
+    class Keeps(PlainModule):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["setting"] = Setting()
+
+    guard = Scripted((0.3, 0.6), max_samples=24, action="restore")
+    keep = ModelCheckpoint(tmp_path, monitor="val/guard_robust_acc", mode="max")
+    with pytest.raises(ValueError, match=r"holds objects beside weights.*save_weights_only=True"):
+        fit(guard, keep, epochs=1, module=Keeps(), enable_checkpointing=True)
+
+
 @pytest.mark.parametrize("keep", [[], [ModelCheckpoint(monitor="val_loss", mode="min")]])
 def test_restore_needs_a_checkpoint_of_the_most_robust_epoch(keep):
     with pytest.raises(ValueError, match=r"add ModelCheckpoint\(monitor='val/guard_robust_acc', mode='max'\)"):

@@ -40,7 +40,7 @@ def metrics(folder):
 
 
 def weights(folder):
-    return torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=False)["state_dict"]
+    return torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)["state_dict"]
 
 
 def test_a_crashed_run_resumes_to_the_result_of_the_uninterrupted_one(lr, tiny):
@@ -78,7 +78,7 @@ def test_a_killed_run_resumes_in_mid_epoch(lr, tiny, own_folder, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
     recent = own_folder / "killed" / "tiny" / "1" / "checkpoints" / "recent.ckpt"
-    while not (recent.is_file() and torch.load(recent, weights_only=False)["global_step"] >= 3):
+    while not (recent.is_file() and torch.load(recent, weights_only=True)["global_step"] >= 3):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -128,6 +128,14 @@ def test_nothing_to_resume(lr, tiny, broken):
 def test_a_folder_that_is_no_run(lr, own_folder):
     answer = lr("run", "--resume", own_folder)
     assert (answer.code, answer.err) == (2, f"error: {own_folder} is not a run folder: it has no summary.json.\n")
+
+
+def test_a_checkpoint_that_could_run_code_is_refused(lr, broken):
+    checkpoint = Path(broken, "checkpoints", "last.ckpt")
+    torch.save({**torch.load(checkpoint, weights_only=True), "thing": Path("x")}, checkpoint)
+    answer = lr("run", "--resume", broken)
+    assert answer.code == 1
+    assert f"{checkpoint.name} holds objects beside tensors and plain values" in answer.err
 
 
 def test_another_number_of_classes_is_refused(lr, broken):
