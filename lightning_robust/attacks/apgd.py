@@ -15,7 +15,7 @@ from lightning_robust.attacks.climb import Outcome, Steps, climb
 from lightning_robust.attacks.conditions import AttackMode
 from lightning_robust.attacks.draws import Draws
 from lightning_robust.attacks.losses import PREDICTION_LOSSES
-from lightning_robust.attacks.norms import NORMS
+from lightning_robust.attacks.norms import NORMS, per_sample
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import region
 from lightning_robust.checks import check_choice, check_in_range, check_integer
@@ -135,7 +135,7 @@ class APGD(Attack):
             return widest.project(x + self.space.from_pixels(draws.normal(x)))
         noise = draws.uniform(x, -1.0, 1.0) if self.norm == "linf" else NORMS["l2"].direction(draws.normal(x))
         if self.norm == "linf":
-            size = NORMS["linf"].size(noise).view(-1, *[1] * (x.ndim - 1))
+            size = per_sample(NORMS["linf"].size(noise), x)
             noise = noise / size.clamp(min=torch.finfo(noise.dtype).tiny)
         return self.space.clip(x + self.space.from_pixels(self.eps * noise))
 

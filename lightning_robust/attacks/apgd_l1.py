@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.attacks.climb import Outcome, Steps
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.attacks.region import Region
 
 __all__ = ["SparseSteps", "budgets", "sparse_direction"]
@@ -88,7 +89,7 @@ class SparseSteps(Steps):
     def move(self, x_adv: Tensor, gradient: Tensor) -> Tensor:
         space = self.region.space
         direction = sparse_direction(space.pixel_gradient(gradient), self._fraction)
-        size = self._size.view(-1, *[1] * (x_adv.ndim - 1))
+        size = per_sample(self._size, x_adv)
         return self.region.project(x_adv + space.from_pixels(size * direction))
 
     @override

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.attacks.climb import Outcome, Steps
-from lightning_robust.attacks.norms import NORMS
+from lightning_robust.attacks.norms import NORMS, per_sample
 from lightning_robust.attacks.region import Region
 
 __all__ = ["MomentumSteps"]
@@ -45,7 +45,7 @@ class MomentumSteps(Steps):
     @override
     def move(self, x_adv: Tensor, gradient: Tensor) -> Tensor:
         space = self.region.space
-        size = self._size.view(-1, *[1] * (x_adv.ndim - 1))
+        size = per_sample(self._size, x_adv)
         step = space.from_pixels(size * self._norm.direction(space.pixel_gradient(gradient)))
         moved = self.region.project(x_adv + step)
         # in the first step the mean with no previous move is the move, but for the published rounding

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.conditions import MODES, AttackMode, Model, attack_conditions, unwrap
+from lightning_robust.attacks.conditions import MODES, AttackMode, Model, attack_conditions, ordinary, unwrap
 from lightning_robust.attacks.draws import Draws, GeneratorDraws, SampleDraws
 from lightning_robust.attacks.losses import ATTACK_LOSSES, PREDICTION_LOSSES, STEERED_LOSSES
 from lightning_robust.attacks.problem import Problem, check_batch, check_probabilities
@@ -157,7 +157,7 @@ class Attack(ABC):
         if x_adv.dtype == x.dtype:
             return x_adv
         # rounding to nearest could lead out of the budget, but what needs no rounding has been looked at as it is
-        clean, rounded = full_precision(_ordinary(x)), x_adv.to(x.dtype)
+        clean, rounded = full_precision(ordinary(x)), x_adv.to(x.dtype)
         inwards = add_inwards(clean, x_adv - clean, x.dtype, self.space).to(x.dtype)
         return torch.where(rounded == x_adv, rounded, inwards)
 
@@ -187,7 +187,7 @@ class Attack(ABC):
         network, module = unwrap(model)
         draws = self._draws(x, generator, indices)
         with attack_conditions(module, self.mode, x.device, draws):
-            yield self.adopt(self._problem(network, _ordinary(x), _ordinary(y), draws, towards, scale))
+            yield self.adopt(self._problem(network, ordinary(x), ordinary(y), draws, towards, scale))
 
     def __repr__(self) -> str:
         arguments = inspect.signature(type(self)).parameters.values()
@@ -251,7 +251,7 @@ class Attack(ABC):
             problem: what :meth:`adopt` made.
             start: the point to start the first run from; drawn when ``None``.
         """
-        first = self._start(problem) if start is None else _ordinary(start).to(problem.x)
+        first = self._start(problem) if start is None else ordinary(start).to(problem.x)
         x_adv = self.run(problem, first)
         if self.restarts == 1 and not self.evaluate_result:
             return x_adv
@@ -300,7 +300,7 @@ class Attack(ABC):
         if generator is not None:
             raise ValueError("`generator` and `indices` both say where random numbers come from; give one of them.")
         _check_per_image(x, indices=indices)
-        return SampleDraws(self.seed, _ordinary(indices).to(x.device))
+        return SampleDraws(self.seed, ordinary(indices).to(x.device))
 
     def _problem(
         self, model: Model, x: Tensor, y: Tensor, draws: Draws, towards: Tensor | None, scale: Tensor | None
@@ -323,8 +323,8 @@ class Attack(ABC):
             dtype=x.dtype,
             draws=draws,
             check=check,
-            towards=None if towards is None else _ordinary(towards).long(),
-            scale=None if scale is None else _ordinary(scale).to(full_precision(x)),
+            towards=None if towards is None else ordinary(towards).long(),
+            scale=None if scale is None else ordinary(scale).to(full_precision(x)),
             capacity=len(x),
             labels=(int(y.min()), int(y.max())) if check and not y.is_floating_point() else None,
         )
@@ -333,11 +333,6 @@ class Attack(ABC):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
-
-
-def _ordinary(value: Tensor) -> Tensor:
-    # autograd cannot save what was made in inference mode; a clone made outside it is an ordinary tensor
-    return value.clone() if value.is_inference() else value.detach()
 
 
 def _check_per_image(x: Tensor, **values: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from lightning_robust.attacks.conditions import AttackMode
 from lightning_robust.attacks.draws import Draws
 from lightning_robust.attacks.losses import labels_of, towards_class
 from lightning_robust.attacks.multi_targeted import likeliest_others
-from lightning_robust.attacks.norms import NORMS
+from lightning_robust.attacks.norms import NORMS, per_sample
 from lightning_robust.attacks.pgd import NormName
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import region
@@ -165,4 +165,4 @@ class BETA(Attack):
 def _inverse_size(gradient: Tensor) -> Tensor:
     size = gradient.abs().flatten(1).amax(1)
     inverse = torch.where(size > 0, 1 / size, 1.0)
-    return inverse.clamp(max=torch.finfo(size.dtype).max).view(-1, *[1] * (gradient.ndim - 1))
+    return per_sample(inverse.clamp(max=torch.finfo(size.dtype).max), gradient)

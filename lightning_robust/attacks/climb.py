@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.attacks.problem import Problem
 
 __all__ = ["Outcome", "Steps", "choose", "climb"]
@@ -130,7 +131,7 @@ def choose(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
         yes: images where it is true.
         no: images elsewhere.
     """
-    return torch.where(mask.view(-1, *[1] * (yes.ndim - 1)), yes, no)
+    return torch.where(per_sample(mask, yes), yes, no)
 
 
 def _look(problem: Problem, x_adv: Tensor, eot: int, *, with_gradient: bool) -> tuple[Outcome, Tensor]:

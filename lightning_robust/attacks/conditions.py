@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_robust.attacks.draws import Draws
 from lightning_robust.guards import buffers_restored, evaluation_mode, frozen_modes, rng_preserved
 
-__all__ = ["MODES", "AttackMode", "Model", "attack_conditions", "unwrap"]
+__all__ = ["MODES", "AttackMode", "Model", "attack_conditions", "ordinary", "unwrap"]
 
 #: Anything that maps images to logits: a module, or a callable, which may name its module in the attribute ``module``.
 Model = Callable[[Tensor], Tensor]
@@ -64,6 +64,15 @@ def attack_conditions(module: nn.Module | None, mode: AttackMode, device: torch.
             if mode == "train-frozen-stats":
                 stack.enter_context(buffers_restored(module))
         yield
+
+
+def ordinary(value: Tensor) -> Tensor:
+    """A tensor that can take part in a graph, which one that was made in inference mode cannot.
+
+    Args:
+        value: any tensor; to be called outside inference mode.
+    """
+    return value.clone() if value.is_inference() else value.detach()
 
 
 def _seed_global(device: torch.device, seed: int) -> None:

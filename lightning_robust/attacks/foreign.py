@@ -16,6 +16,7 @@ from lightning_robust.attacks.climb import choose
 from lightning_robust.attacks.conditions import unwrap
 from lightning_robust.attacks.draws import Draws
 from lightning_robust.attacks.losses import labels_of
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import region
 from lightning_robust.attacks.space import InputSpace
@@ -195,7 +196,7 @@ class ForeignAttack(Attack):
                 "on_violation='project', or 'drop' for an attack that looks for the nearest adversarial point."
             )
         if self.on_violation == "drop":
-            delta = torch.where(beyond.view(-1, *[1] * (delta.ndim - 1)), 0.0, delta)
+            delta = torch.where(per_sample(beyond, delta), 0.0, delta)
         area = region(self.norm, problem.x, self.eps, self.space, problem.dtype)
         return area.project(problem.x + model.from_unit(delta))
 

@@ -21,6 +21,7 @@ __all__ = [
     "kl_divergence",
     "labels_of",
     "margin",
+    "margin_terms",
     "probability_margin",
     "towards_class",
 ]
@@ -65,6 +66,34 @@ def brier(logits: Tensor, target: Tensor) -> Tensor:
     return (p - torch.zeros_like(p).scatter(1, index, 1.0)).square().sum(1)
 
 
+def margin_terms(
+    values: Tensor, target: Tensor, wanted: Tensor | None = None, *, purpose: str = "to split a margin"
+) -> tuple[Tensor, Tensor]:
+    """The value of the true class and that of the class to compare with, whose difference is the margin.
+
+    Args:
+        values: logits or probabilities ``[B, C]``.
+        target: true classes ``[B]``.
+        wanted: classes ``[B]`` to compare with; the largest other class when ``None``.
+        purpose: what the classes are needed for, in the words of a refusal.
+
+    Shape:
+        Both results are ``[B]``.
+
+    Raises:
+        ValueError: the target holds probabilities.
+
+    Example:
+        >>> margin_terms(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
+        (tensor([3.]), tensor([1.]))
+    """
+    index = _index(target, purpose)
+    own = values.gather(1, index).squeeze(1)
+    if wanted is not None:
+        return own, values.gather(1, wanted.long().unsqueeze(1)).squeeze(1)
+    return own, values.scatter(1, index, float("-inf")).amax(1)
+
+
 def margin(logits: Tensor, target: Tensor) -> Tensor:
     r"""Logit margin, ``max_{k != y} z_k - z_y``: positive exactly when the sample is misclassified.
 
@@ -87,8 +116,8 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
         >>> margin(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
         tensor([-2.])
     """
-    own, others = _split(logits, target, "margin")
-    return others.amax(1) - own
+    own, other = margin_terms(logits, target, purpose="for the loss margin")
+    return other - own
 
 
 def probability_margin(logits: Tensor, target: Tensor) -> Tensor:
@@ -108,8 +137,8 @@ def probability_margin(logits: Tensor, target: Tensor) -> Tensor:
         >>> probability_margin(torch.zeros(1, 4), torch.tensor([2]))
         tensor([0.])
     """
-    own, others = _split(logits.softmax(1), target, "probability_margin")
-    return others.amax(1) - own
+    own, other = margin_terms(logits.softmax(1), target, purpose="for the loss probability_margin")
+    return other - own
 
 
 def dlr(logits: Tensor, target: Tensor) -> Tensor:
@@ -163,7 +192,7 @@ def dlr_targeted(logits: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
     _need_classes(logits, 4, "dlr_targeted")
     order = logits.detach().topk(4, dim=1).indices
     # all that has a gradient comes from one place: backward passes through several cost more than the loss
-    index = torch.cat([_index(target, "dlr_targeted"), wanted.long().unsqueeze(1), order], 1)
+    index = torch.cat([_index(target, "for the loss dlr_targeted"), wanted.long().unsqueeze(1), order], 1)
     own, other, first, _, third, fourth = logits.gather(1, index).unbind(1)
     return (other - own) / (first - (third + fourth) / 2 + 1e-12)
 
@@ -188,7 +217,7 @@ def towards_class(logits: Tensor, target: Tensor, wanted: Tensor, *, probabiliti
         tensor([-3.])
     """
     values = logits.softmax(1) if probabilities else logits
-    index = torch.cat([_index(target, "towards_class"), wanted.long().unsqueeze(1)], 1)
+    index = torch.cat([_index(target, "for the loss towards_class"), wanted.long().unsqueeze(1)], 1)
     own, other = values.gather(1, index).unbind(1)
     return other - own
 
@@ -245,15 +274,10 @@ STEERED_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def _index(target: Tensor, name: str) -> Tensor:
+def _index(target: Tensor, purpose: str) -> Tensor:
     if target.ndim != 1:
-        raise ValueError(f"Expected integer classes [B] for the loss {name} but got a target of {list(target.shape)}.")
+        raise ValueError(f"Expected integer classes [B] {purpose} but got a target of {list(target.shape)}.")
     return target.long().unsqueeze(1)
-
-
-def _split(values: Tensor, target: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    index = _index(target, name)
-    return values.gather(1, index).squeeze(1), values.scatter(1, index, float("-inf"))
 
 
 def _need_classes(logits: Tensor, count: int, name: str) -> None:

@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.conditions import Model, attack_conditions, unwrap
+from lightning_robust.attacks.conditions import Model, attack_conditions, ordinary, unwrap
 from lightning_robust.attacks.draws import SampleDraws
+from lightning_robust.attacks.losses import margin_terms
 from lightning_robust.attacks.pgd import NormName
 from lightning_robust.attacks.problem import check_batch
-from lightning_robust.attacks.two_stage import TwoStage, margin_terms
+from lightning_robust.attacks.two_stage import TwoStage
 from lightning_robust.checks import check_choice
 from lightning_robust.losses import full_precision
 
@@ -50,7 +51,7 @@ def gradient_imbalance(model: Model, x: Tensor, y: Tensor) -> Tensor:
     network, module = unwrap(model)
     indices = torch.arange(len(x), device=x.device)
     with attack_conditions(module, "eval", x.device, SampleDraws(0, indices)):
-        images = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        images = ordinary(x).requires_grad_()
         terms = margin_terms(full_precision(network(images)), y)
         gradients = (torch.autograd.grad(term.sum(), images, retain_graph=True)[0] for term in terms)
         own, other = (full_precision(gradient).abs().flatten(1).sum(1) for gradient in gradients)

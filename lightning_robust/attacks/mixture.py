@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.attacks.base import Attack, AttackLoss
+from lightning_robust.attacks.climb import choose
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.sequence import Ensemble, check_members, flat_stages
 from lightning_robust.checks import check_choice
@@ -84,7 +85,7 @@ class AttackMixture(Ensemble):
                 best, x_adv = value, found
             else:
                 better = value > best
-                x_adv = torch.where(better.view(-1, *[1] * (found.ndim - 1)), found, x_adv)
+                x_adv = choose(better, found, x_adv)
                 best = torch.where(better, value, best)
         return x_adv
 

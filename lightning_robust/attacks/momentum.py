@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_robust.attacks.base import AttackLoss
 from lightning_robust.attacks.conditions import AttackMode
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.attacks.pgd import PGD, NormName, Start
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.checks import check_non_negative
@@ -105,7 +106,7 @@ class MIM(PGD):
             if self.nesterov:
                 ahead = x_adv + self.space.from_pixels(self.decay * self.step_size * velocity)
             gradient, *_ = problem.gradient(ahead)
-            size = gradient.abs().flatten(1).mean(1).view(-1, *[1] * (gradient.ndim - 1))
+            size = per_sample(gradient.abs().flatten(1).mean(1), gradient)
             velocity = self.decay * velocity + gradient / size.clamp(min=torch.finfo(size.dtype).tiny)
             x_adv = self.step(problem.x, x_adv, velocity, problem.scale)
         return x_adv

@@ -12,7 +12,7 @@ from lightning_robust.attacks.base import Attack, AttackLoss
 from lightning_robust.attacks.conditions import AttackMode
 from lightning_robust.attacks.draws import Draws
 from lightning_robust.attacks.losses import PREDICTION_LOSSES
-from lightning_robust.attacks.norms import L1, NORMS, Norm
+from lightning_robust.attacks.norms import L1, NORMS, Norm, per_sample
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import add_inwards
 from lightning_robust.checks import check_choice, check_in_range, check_integer, check_non_negative
@@ -180,7 +180,7 @@ class PGD(Attack):
         gradient = self.space.pixel_gradient(gradient)
         move = self.step_size * self._norm.direction_on_images(x_adv, gradient, self.space)
         if scale is not None:
-            move = move * scale.view(-1, *[1] * (move.ndim - 1))
+            move = move * per_sample(scale, move)
         return self.feasible(x, self.space.to_pixels(x_adv - x) + move, scale)
 
     def feasible(self, x: Tensor, delta: Tensor, scale: Tensor | None = None) -> Tensor:

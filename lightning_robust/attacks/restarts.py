@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.climb import choose
 from lightning_robust.attacks.problem import Problem
 
 __all__ = ["best_of_runs"]
@@ -41,7 +42,7 @@ def best_of_runs(
         candidate = run(part, start[left])
         new_loss, new_fooled = part.judge(candidate)
         better = ~fooled[left] & (new_fooled | (new_loss > loss[left]))
-        kept = torch.where(better.view(-1, *[1] * (x_adv.ndim - 1)), candidate, x_adv[left])
+        kept = choose(better, candidate, x_adv[left])
         x_adv = x_adv.index_copy(0, left, kept)
         loss = loss.index_copy(0, left, torch.where(better, new_loss, loss[left]))
         fooled = fooled.index_copy(0, left, fooled[left] | new_fooled)

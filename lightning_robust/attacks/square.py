@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_robust.attacks.base import Attack
 from lightning_robust.attacks.draws import Draws
-from lightning_robust.attacks.norms import NORMS
+from lightning_robust.attacks.norms import NORMS, per_sample
 from lightning_robust.attacks.pgd import NormName
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import Cube, Region, region
@@ -170,7 +170,7 @@ class Square(Attack):
         if self.eot > 1:
             return x_adv, loss, fooled
         _, already = self._judge(problem, problem.x)
-        return torch.where(_wide(already, x_adv), problem.x, x_adv), loss, fooled | already
+        return torch.where(per_sample(already, x_adv), problem.x, x_adv), loss, fooled | already
 
     def _judge(self, problem: Problem, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         loss, fooled = problem.judge(x_adv)
@@ -204,7 +204,7 @@ class Square(Attack):
 
     def _scaled(self, delta: Tensor) -> Tensor:
         if self.norm == "l2":  # the whole budget is used; in l1 the projection sees to that
-            delta = delta * _wide(self.eps / (NORMS["l2"].size(delta) + 1e-12), delta)
+            delta = delta * per_sample(self.eps / (NORMS["l2"].size(delta) + 1e-12), delta)
         return self.space.from_pixels(delta)
 
 
@@ -223,7 +223,3 @@ def _as_images(x: Tensor) -> Tensor:
 
 def _leave_every(x: Tensor) -> int:
     return 1 if x.is_cpu else _SYNC_EVERY
-
-
-def _wide(value: Tensor, like: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (like.ndim - 1))

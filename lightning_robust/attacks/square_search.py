@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import Region
 from lightning_robust.attacks.square_moves import Moves
@@ -118,7 +119,7 @@ class SquareSearch:
         loss, fooled = self._judge(self.problem, candidate)
         better = ~self._fooled & (fooled | (loss > self._loss))
         # torch.where would take four times as long on a CPU; of finite numbers it is the same
-        taken = better.view(-1, *[1] * (candidate.ndim - 1)).to(candidate)
+        taken = per_sample(better, candidate).to(candidate)
         self._x_adv = torch.lerp(self._x_adv, candidate, taken)
         self._loss, self._fooled = torch.where(better, loss, self._loss), self._fooled | fooled
         if self._room():

@@ -12,38 +12,14 @@ from typing_extensions import override
 from lightning_robust.attacks.base import Attack, AttackLoss
 from lightning_robust.attacks.climb import Outcome
 from lightning_robust.attacks.draws import Draws
+from lightning_robust.attacks.losses import margin_terms
 from lightning_robust.attacks.norms import NORMS
 from lightning_robust.attacks.pgd import NormName
 from lightning_robust.attacks.problem import Problem
 from lightning_robust.attacks.region import region
 from lightning_robust.checks import check_choice, check_integer
 
-__all__ = ["TwoStage", "margin_terms", "two_stage_step"]
-
-
-def margin_terms(values: Tensor, target: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The value of the true class and that of the class to compare with, whose difference is the margin.
-
-    Args:
-        values: logits or probabilities ``[B, C]``.
-        target: true classes ``[B]``.
-        wanted: classes ``[B]`` to compare with; the largest other class when ``None``.
-
-    Shape:
-        Both results are ``[B]``.
-
-    Example:
-        >>> import torch
-        >>> margin_terms(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([0]))
-        (tensor([3.]), tensor([1.]))
-    """
-    if target.ndim != 1:
-        raise ValueError(f"Expected integer classes [B] to split a margin but got a target of {list(target.shape)}.")
-    index = target.long().unsqueeze(1)
-    own = values.gather(1, index).squeeze(1)
-    if wanted is not None:
-        return own, values.gather(1, wanted.long().unsqueeze(1)).squeeze(1)
-    return own, values.scatter(1, index, float("-inf")).amax(1)
+__all__ = ["TwoStage", "two_stage_step"]
 
 
 def two_stage_step(step: int, steps: int, first_stage: int, eps: float) -> float:

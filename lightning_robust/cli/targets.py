@@ -123,8 +123,8 @@ def no_checkpoint(path: Path, error: Exception) -> UsageError:
         return UsageError(f"{path} is no checkpoint, or only a part of one; {expected}.")
     if isinstance(error, UnpicklingError):
         return UsageError(
-            f"{path} holds Python objects besides tensors, which `eval` reads from run folders alone; evaluate the run "
-            "folder that it belongs to."
+            f"{path} holds Python objects besides tensors, which could run code and are not loaded; keep "
+            "them out of save_hyperparameters and of the state of callbacks and module."
         )
     return UsageError(f"{path} is no checkpoint but another kind of archive, or it is damaged; {expected}.")
 

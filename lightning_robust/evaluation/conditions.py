@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_robust.guards import evaluation_mode, rng_preserved
 
-__all__ = ["evaluation_conditions", "ordinary"]
+__all__ = ["evaluation_conditions"]
 
 
 @contextmanager
@@ -27,12 +27,3 @@ def evaluation_conditions(module: nn.Module | None, device: torch.device) -> Ite
         if module is not None:
             stack.enter_context(evaluation_mode(module))
         yield
-
-
-def ordinary(value: Tensor) -> Tensor:
-    """A tensor that can take part in a graph, which one that was made in inference mode cannot.
-
-    Args:
-        value: Any tensor; to be called outside inference mode.
-    """
-    return value.clone() if value.is_inference() else value.detach()

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.conditions import Model
+from lightning_robust.attacks.conditions import Model, ordinary
 from lightning_robust.attacks.losses import labels_of
 from lightning_robust.attacks.problem import check_batch
 from lightning_robust.checks import check_choice, check_integer, check_non_negative
 from lightning_robust.evaluation.book import Book
-from lightning_robust.evaluation.conditions import evaluation_conditions, ordinary
+from lightning_robust.evaluation.conditions import evaluation_conditions
 from lightning_robust.evaluation.contract import InputContract
 from lightning_robust.evaluation.counted import CountedModel
 from lightning_robust.evaluation.kept import KeptSamples

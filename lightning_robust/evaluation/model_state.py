@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.guards import RandomState, buffers_restored, evaluation_mode, rng_preserved
+from lightning_robust.evaluation.conditions import evaluation_conditions
+from lightning_robust.guards import RandomState, buffers_restored
 from lightning_robust.losses import autocast_off, full_precision
 
-__all__ = ["Seen", "backwards_seen", "evaluation_conditions", "module_state", "same_generators", "state_changes"]
+__all__ = ["Seen", "backwards_seen", "module_state", "same_generators", "seeded_conditions", "state_changes"]
 
 
 @dataclass
@@ -95,9 +96,7 @@ def same_generators(one: RandomState, other: RandomState) -> bool:
 
 
 @contextmanager
-def evaluation_conditions(
-    module: nn.Module | None, x: Tensor, *, seed: int, grad: bool, precise: bool
-) -> Iterator[None]:
+def seeded_conditions(module: nn.Module | None, x: Tensor, *, seed: int, grad: bool, precise: bool) -> Iterator[None]:
     """Evaluation mode, outside inference mode, seeded generators; modes, buffers and generators are put back.
 
     Args:
@@ -108,14 +107,12 @@ def evaluation_conditions(
         precise: switch autocast off.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(evaluation_conditions(module, x.device))
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(autocast_off(x) if precise else nullcontext())
-        stack.enter_context(rng_preserved([x.device]))
         _seed_generators(x.device, seed)
         if module is not None:
             stack.enter_context(buffers_restored(module))
-            stack.enter_context(evaluation_mode(module))
         yield
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_robust.attacks import PGD, Attack, InputSpace
-from lightning_robust.attacks.conditions import Model, unwrap
+from lightning_robust.attacks.conditions import Model, ordinary, unwrap
 from lightning_robust.attacks.losses import PREDICTION_LOSSES, labels_of
 from lightning_robust.attacks.norms import NORMS, Norm
 from lightning_robust.checks import check_integer
-from lightning_robust.evaluation.model_state import evaluation_conditions
+from lightning_robust.evaluation.model_state import seeded_conditions
 from lightning_robust.evaluation.watcher import Watcher
 from lightning_robust.losses import autocast_off, full_precision
 
@@ -80,14 +80,14 @@ class Probe:
         self.model, self.attack = model, attack
         self.norm_name = norms.pop()
         self.network, self.module = unwrap(model)
-        self.x = _ordinary(x)
-        self.targets = _ordinary(y)
+        self.x = _ordinary_here(x)
+        self.targets = _ordinary_here(y)
         self.y = labels_of(self.targets)
         self.seed, self.steps, self.batch_size = seed, steps, batch_size
-        self.indices = _ordinary(torch.arange(len(x)) if indices is None else indices).to(x.device)
+        self.indices = _ordinary_here(torch.arange(len(x)) if indices is None else indices).to(x.device)
         self.space: InputSpace = attack.space
         self.space.check(self.x)
-        self._given = None if adversarial is None else _ordinary(adversarial)
+        self._given = None if adversarial is None else _ordinary_here(adversarial)
         self._watcher: Watcher | None = None
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class Probe:
             grad: record a graph.
             precise: switch autocast off.
         """
-        return evaluation_conditions(self.module, self.x, seed=self.seed, grad=grad, precise=precise)
+        return seeded_conditions(self.module, self.x, seed=self.seed, grad=grad, precise=precise)
 
     def logits(self, x: Tensor, *, precise: bool = True) -> Tensor:
         """Logits in float32.
@@ -256,10 +256,9 @@ class Probe:
         return torch.split(torch.arange(len(self.x), device=self.x.device), self.batch_size)
 
 
-def _ordinary(value: Tensor) -> Tensor:
-    # autograd cannot save what was made in inference mode; a clone made outside it is an ordinary tensor
+def _ordinary_here(value: Tensor) -> Tensor:
     with torch.inference_mode(False):
-        return value.clone() if value.is_inference() else value.detach()
+        return ordinary(value)
 
 
 def _norms(attack: Attack) -> set[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_robust.attacks.norms import NORMS
+from lightning_robust.attacks.norms import NORMS, per_sample
 from lightning_robust.evaluation.contract import InputContract, wide
 from lightning_robust.evaluation.counted import CountedModel
 
@@ -113,7 +113,7 @@ def judge(model: CountedModel, x: Tensor, x_adv: Tensor, y: Tensor, budget: Budg
         )
     finite = x_adv.flatten(1).isfinite().all(1)
     # NaN pixels would give NaN logits, which are an error of the model; these are one of the attack
-    safe = torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x_adv, x)
+    safe = torch.where(per_sample(finite, x), x_adv, x)
     misclassified = model.plain(safe).argmax(1) != y
     within, possible = budget.holds(x, safe), budget.possible(safe)
     return Verdict(

@@ -8,6 +8,7 @@ from typing_extensions import override
 from lightning_robust.attacks import PGD, Attack
 from lightning_robust.attacks.conditions import Model
 from lightning_robust.attacks.losses import PREDICTION_LOSSES
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.checks import check_in_range, check_non_negative, check_positive
 from lightning_robust.losses import Criterion, cross_entropy, full_precision
 from lightning_robust.objectives.base import AttackedObjective, Objective, ObjectiveOutput, Prepared
@@ -67,7 +68,7 @@ def avmixup_labels(
 
 
 def _between(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    weights = weights.to(first).view(-1, *[1] * (first.ndim - 1))
+    weights = per_sample(weights.to(first), first)
     return weights * first + (1 - weights) * second
 
 

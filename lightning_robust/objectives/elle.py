@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from lightning_robust.attacks import FGSM, Attack
 from lightning_robust.attacks.conditions import Model
+from lightning_robust.attacks.norms import per_sample
 from lightning_robust.checks import check_non_negative
 from lightning_robust.losses import cross_entropy, full_precision
 from lightning_robust.objectives.base import AttackedObjective, ObjectiveOutput, Prepared
@@ -90,7 +91,7 @@ class LocalLinearity(AttackedObjective):
         a, b = (images + attack.space.from_pixels(each) for each in noise)
         if self.clamp:
             a, b = attack.space.clip(a), attack.space.clip(b)
-        c = torch.lerp(a, b, alpha.view(-1, *[1] * (images.ndim - 1)))
+        c = torch.lerp(a, b, per_sample(alpha, images))
         return Prepared(x, y, x_adv, {"triplet": torch.cat([a, b, c]).to(x.dtype), "alpha": alpha})
 
     @override

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lightning_robust.attacks import APGD, MD, PMA, AttackSequence, MultiTargeted, PMAPlus, gradient_imbalance
-from lightning_robust.attacks.two_stage import margin_terms, two_stage_step
+from lightning_robust.attacks.losses import margin_terms
+from lightning_robust.attacks.two_stage import two_stage_step
 from support.attacked import CLASSES, CountingNet, images
 
 
