@@ -4,7 +4,7 @@
 import math
 from collections.abc import Collection
 
-__all__ = ["check_choice", "check_in_range", "check_integer", "check_non_negative", "check_positive"]
+__all__ = ["check_choice", "check_in_range", "check_integer", "check_kind", "check_non_negative", "check_positive"]
 
 
 def check_positive(name: str, value: float) -> None:
@@ -36,6 +36,13 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"Expected `{name}` to be one of {listed} but got {value!r}.")
+
+
+def check_kind(name: str, value: object, kind: type, remedy: str) -> None:
+    """Raise ``TypeError`` unless ``value`` is an object of ``kind``; ``remedy`` says what to use instead."""
+    if not isinstance(value, kind):
+        given = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"Expected `{name}` to be a {kind.__name__} but got {given}; {remedy}.")
 
 
 def _is_number(value: object) -> bool:

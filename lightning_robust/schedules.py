@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_robust.checks import check_choice, check_integer
 
-__all__ = ["Constant", "Cosine", "Linear", "Piecewise", "Schedule", "as_schedule"]
+__all__ = ["Coefficient", "Constant", "Cosine", "Linear", "Piecewise", "Schedule", "as_schedule"]
 
 
 class Schedule(ABC):
@@ -177,6 +177,49 @@ class Piecewise(Schedule):
     def at(self, epoch: int, max_epochs: int) -> float:
         check_integer("epoch", epoch, 0)
         return next(value for begin, value in reversed(self.values.items()) if begin <= epoch)
+
+
+class Coefficient:
+    """A number or a schedule that is told the epoch; it has no value before.
+
+    Args:
+        name: argument that a refusal names.
+        value: the number or schedule.
+        owner: what it is a coefficient of, for messages.
+        callback: the callback that tells the epoch, for messages.
+
+    Example:
+        >>> ramp = Linear(start=0.0, end=1.0)
+        >>> coefficient = Coefficient("alpha", ramp, owner="MaxSup", callback="LogitRegularization")
+        >>> coefficient.set_progress(1, max_epochs=3)
+        >>> coefficient.value
+        0.5
+    """
+
+    def __init__(self, name: str, value: float | Schedule, *, owner: str, callback: str) -> None:
+        self.schedule = as_schedule(name, value)
+        self._owner = owner
+        self._callback = callback
+        self._value = self.schedule.value if isinstance(self.schedule, Constant) else None
+
+    @property
+    def value(self) -> float:
+        """The value in the current epoch."""
+        if self._value is None:
+            raise RuntimeError(
+                f"The coefficient of {self._owner} follows a schedule that was not told the epoch; call "
+                f"`set_progress(epoch, max_epochs)` at the start of every epoch, as {self._callback} does."
+            )
+        return self._value
+
+    def set_progress(self, epoch: int, max_epochs: int) -> None:
+        """Tell the epoch.
+
+        Args:
+            epoch: counted from 0.
+            max_epochs: number of epochs of the run; -1 if unknown.
+        """
+        self._value = self.schedule.at(epoch, max_epochs)
 
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:

@@ -24,13 +24,25 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 # A room may import from its own floor and from those below it.
 FLOORS = [
-    {"checks", "guards", "schedules", "losses", "attacks", "sharpness", "optimizers", "metrics", "calibration"},
+    {
+        "checks",
+        "guards",
+        "schedules",
+        "losses",
+        "mixing",
+        "regularization",
+        "attacks",
+        "sharpness",
+        "optimizers",
+        "metrics",
+        "calibration",
+    },
     {"objectives", "distillation", "evaluation"},
     {"models", "data", "training"},
     {"callbacks"},
     {"recipes", "cli"},
 ]
-WITHOUT_LIGHTNING = ["losses", "attacks", "sharpness", "optimizers", "metrics", "calibration"]
+WITHOUT_LIGHTNING = sorted(FLOORS[0] - {"checks", "guards", "schedules"})
 
 
 def listed_objects(modules: list[str]) -> list[Any]:

@@ -18,19 +18,25 @@ from lightning_robust.data.augment import (
     LabelledImages,
     augmentation,
 )
-from lightning_robust.data.base import ImageDataModule, stratified_split
+from lightning_robust.data.base import ImageDataModule
+from lightning_robust.data.cutout import Cutout, cutout_mask
 from lightning_robust.data.digits import DigitsDataModule
 from lightning_robust.data.image_folder import ImageFolderDataModule
+from lightning_robust.data.label_noise import NOISE_KINDS, NoiseKind, RelabelledImages, noisy_labels
 from lightning_robust.data.loader import ResumableDataLoader
+from lightning_robust.data.oko_sampler import OKOSampler
 from lightning_robust.data.samplers import EpochSampler, EvalSampler
+from lightning_robust.data.split import stratified_split
 from lightning_robust.data.torchvision_data import TorchvisionDataModule
 
 __all__ = [
     "AUGMENTATIONS",
+    "NOISE_KINDS",
     "ArrayDataModule",
     "ArrayImages",
     "Augmentation",
     "AugmentedView",
+    "Cutout",
     "DigitsDataModule",
     "EpochSampler",
     "EvalSampler",
@@ -38,13 +44,18 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageView",
     "LabelledImages",
+    "NoiseKind",
+    "OKOSampler",
+    "RelabelledImages",
     "ResumableDataLoader",
     "TorchvisionDataModule",
     "as_images",
     "as_labels",
     "augmentation",
     "channel_statistics",
+    "cutout_mask",
     "decode_images",
+    "noisy_labels",
     "read_npz",
     "stratified_split",
 ]

@@ -4,7 +4,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -14,13 +14,14 @@ from torchvision.transforms import v2
 from typing_extensions import override
 
 from lightning_robust.checks import check_choice
+from lightning_robust.data.cutout import Cutout
 from lightning_robust.guards import rng_preserved
 from lightning_robust.training import derive_seed
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "AugmentedView", "ImageView", "LabelledImages", "augmentation"]
 
-Augmentation = Literal["none", "shift", "crop-flip", "randaugment", "trivialaugment"]
-AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "shift", "crop-flip", "randaugment", "trivialaugment")
+Augmentation = Literal["none", "shift", "crop-flip", "randaugment", "trivialaugment", "cutout"]
+AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
 Transform = Callable[[Any], Any]
 
 
@@ -36,15 +37,19 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
-def augmentation(name: Augmentation, image_size: int, *, resized_crop: bool = False) -> Transform | None:
+def augmentation(
+    name: Augmentation, image_size: int, *, resized_crop: bool = False, fill: float | Sequence[float] = 0.0
+) -> Transform | None:
     """Build an augmentation from torchvision's transforms.
 
     Args:
         name: ``"none"``; ``"shift"`` pads by an eighth of the size and crops (digits, where a mirror image is another
             sign); ``"crop-flip"`` adds mirror images (the CIFAR standard); ``"randaugment"`` (arXiv:1909.13719) and
-            ``"trivialaugment"`` (arXiv:2103.10158) come on top of that.
+            ``"trivialaugment"`` (arXiv:2103.10158) come on top of that, and so does ``"cutout"`` with one hole of half
+            the size (:class:`~lightning_robust.data.Cutout`).
         image_size: side of the result.
         resized_crop: cut a random part of a photo and resize it, instead of shifting.
+        fill: what "cutout" puts into its hole, of images in [0, 1]; the mean of the images, as published.
 
     Example:
         >>> augmentation("none", 32) is None
@@ -67,6 +72,8 @@ def augmentation(name: Augmentation, image_size: int, *, resized_crop: bool = Fa
         steps.append(v2.RandAugment())
     if name == "trivialaugment":
         steps.append(v2.TrivialAugmentWide())
+    if name == "cutout":
+        steps.append(Cutout(length=max(2, image_size // 2), fill=fill))
     composed: Transform = v2.Compose(steps)
     return composed
 

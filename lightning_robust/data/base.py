@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -20,37 +19,12 @@ from lightning_robust.data.augment import (
     LabelledImages,
     augmentation,
 )
+from lightning_robust.data.label_noise import NOISE_KINDS, NoiseKind, RelabelledImages, noisy_labels
 from lightning_robust.data.loader import ResumableDataLoader
 from lightning_robust.data.samplers import EpochSampler, EvalSampler
+from lightning_robust.data.split import stratified_split
 
-__all__ = ["ImageDataModule", "stratified_split"]
-
-
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of each class.
-
-    Args:
-        labels: class of each sample, ``[N]``.
-        fraction: part that is held out, rounded within each class.
-        seed: the same seed gives the same split on every machine.
-
-    Returns:
-        Indices that stay and indices that are held out, both in ascending order.
-
-    Example:
-        >>> import torch
-        >>> stay, out = stratified_split(torch.tensor([0, 0, 1, 1]), 0.5, seed=0)
-        >>> len(stay), len(out)
-        (2, 2)
-    """
-    classes = labels.numpy()
-    random = np.random.RandomState(seed)  # its stream is frozen by NumPy, unlike the newer generators'
-    held: list[int] = []
-    for value in np.unique(classes):
-        members = random.permutation(np.flatnonzero(classes == value))
-        held.extend(members[: round(fraction * len(members))].tolist())
-    out = sorted(held)
-    return sorted(set(range(len(classes))) - set(out)), out
+__all__ = ["ImageDataModule"]
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -75,10 +49,16 @@ class ImageDataModule(L.LightningDataModule):
     Args:
         batch_size: samples per batch and process.
         num_workers: loading processes; images in memory need none.
-        augment: "none", "shift", "crop-flip", "randaugment" or "trivialaugment", applied to training images.
+        augment: "none", "shift", "crop-flip", "randaugment", "trivialaugment" or "cutout", applied to training images.
         train_transform: an augmentation of your own instead, image tensor in and out.
         val_fraction: part of each training class that is held out for validation; 0 means no validation.
         split_seed: seed of that split, apart from ``seed`` so that repeated runs validate on the same images.
+        train_fraction: part of each class that is trained on, of what the validation leaves; also chosen by
+            ``split_seed``.
+        label_noise: share of the training labels that are replaced by wrong ones (:func:`noisy_labels`); validation
+            and test labels stay true, and :meth:`true_train_labels` tells which are wrong.
+        noise_kind: "symmetric" or "pairflip".
+        noise_seed: seed of the wrong labels, apart from ``seed`` so that repeated runs train on the same labels.
         seed: seed of order and augmentation; ``None`` takes the one of ``seed_everything``, or 0.
         drop_last: leave out a last, smaller training batch.
 
@@ -102,6 +82,10 @@ class ImageDataModule(L.LightningDataModule):
         train_transform: Callable[[Any], Any] | None = None,
         val_fraction: float = 0.1,
         split_seed: int = 0,
+        train_fraction: float = 1.0,
+        label_noise: float = 0.0,
+        noise_kind: NoiseKind = "symmetric",
+        noise_seed: int = 0,
         seed: int | None = None,
         drop_last: bool = False,
     ) -> None:
@@ -111,6 +95,10 @@ class ImageDataModule(L.LightningDataModule):
         check_choice("augment", augment, AUGMENTATIONS)
         check_in_range("val_fraction", val_fraction, 0.0, 0.9)
         check_integer("split_seed", split_seed, 0)
+        check_in_range("train_fraction", train_fraction, 0.0, 1.0)
+        check_in_range("label_noise", label_noise, 0.0, 1.0)
+        check_choice("noise_kind", noise_kind, NOISE_KINDS)
+        check_integer("noise_seed", noise_seed, 0)
         if train_transform is not None and augment != "none":
             raise ValueError("Expected either `augment` or `train_transform` but got both.")
         self.batch_size = batch_size
@@ -119,6 +107,10 @@ class ImageDataModule(L.LightningDataModule):
         self.train_transform = train_transform
         self.val_fraction = val_fraction
         self.split_seed = split_seed
+        self.train_fraction = train_fraction
+        self.label_noise = label_noise
+        self.noise_kind: NoiseKind = noise_kind
+        self.noise_seed = noise_seed
         self.seed = seed
         self.drop_last = drop_last
         self.train_set: ImageView | None = None
@@ -141,7 +133,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def make_augmentation(self) -> Callable[[Any], Any] | None:
         """Return the random transform that :attr:`augment` names."""
-        return augmentation(self.augment, self.image_size)
+        return augmentation(self.augment, self.image_size, fill=self.mean)
 
     def eval_transform(self) -> Callable[[Any], Any] | None:
         """Return the fixed transform of evaluation images."""
@@ -193,6 +185,18 @@ class ImageDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.test_dataloader()
 
+    def clean_train_loader(self) -> DataLoader[Any]:
+        """The training images once and in order, without augmentation, with the labels that are trained on."""
+        trained = self._loaded(self.train_set, "fit")
+        return self._eval_loader(ImageView(trained.dataset, trained.indices, self.eval_transform()))
+
+    def true_train_labels(self) -> Tensor:
+        """The true label of each training image, in the order of the training set, whatever :attr:`label_noise` is."""
+        trained = self._loaded(self.train_set, "fit")
+        images = trained.dataset
+        labels = images.true_labels if isinstance(images, RelabelledImages) else images.labels
+        return labels[trained.indices]
+
     # Lightning keeps the state of loaders too, but forgets to restore it when configure_optimizers has asked for
     # trainer.estimated_stepping_batches; what a data module keeps is always restored.
     @override
@@ -212,12 +216,31 @@ class ImageDataModule(L.LightningDataModule):
             stay, held = stratified_split(train.labels, self.val_fraction, self.split_seed)
             if held:
                 self.val_set = ImageView(train, held, self.eval_transform())
+        stay = self._fewer(train.labels, stay)
+        if self.label_noise > 0:
+            wrong = noisy_labels(
+                train.labels,
+                self.label_noise,
+                num_classes=self.num_classes,
+                kind=self.noise_kind,
+                seed=self.noise_seed,
+            )
+            train = RelabelledImages(train, wrong)
         own = self.train_transform
         transform = own if own is not None else self.make_augmentation()
         if transform is None:
             self.train_set = ImageView(train, stay, self.eval_transform())
         else:
             self.train_set = AugmentedView(train, stay, transform, seed=self._seed(), seed_all=own is not None)
+
+    def _fewer(self, labels: Tensor, stay: list[int] | None) -> list[int] | None:
+        if self.train_fraction == 1.0:
+            return stay
+        stay = list(range(len(labels))) if stay is None else stay
+        kept = stratified_split(labels[stay], self.train_fraction, self.split_seed)[1]
+        if not kept:
+            raise ValueError(f"`train_fraction` {self.train_fraction:g} leaves no training image; choose a larger one.")
+        return [stay[index] for index in kept]
 
     def _eval_loader(self, dataset: ImageView) -> DataLoader[Any]:
         replicas, rank = self._processes()

@@ -11,7 +11,8 @@ from typing_extensions import override
 from lightning_robust.checks import check_integer
 from lightning_robust.data.arrays import ArrayImages, as_labels
 from lightning_robust.data.augment import LabelledImages
-from lightning_robust.data.base import ImageDataModule, stratified_split
+from lightning_robust.data.base import ImageDataModule
+from lightning_robust.data.split import stratified_split
 
 __all__ = ["DigitsDataModule"]
 

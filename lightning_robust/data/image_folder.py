@@ -94,7 +94,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     @override
     def make_augmentation(self) -> Callable[[Any], Any] | None:
-        return augmentation(self.augment, self.image_size, resized_crop=True)
+        return augmentation(self.augment, self.image_size, resized_crop=True, fill=self.mean)
 
     @override
     def eval_transform(self) -> Callable[[Any], Any]:

@@ -80,9 +80,12 @@ def build_teacher(
             f"{type(source).__name__}."
         )
     shape = {"num_classes": num_classes, "in_chans": in_chans}
+    smoothing = 0.0
     with rng_preserved():
         if _is_file(source):
-            network = _from_file(Path(source), backbone, shape, prefix)
+            file = read_weights(Path(source))
+            smoothing = file.label_smoothing
+            network = _from_file(file, backbone, shape, prefix)
         else:
             network = _create(str(source).removeprefix(TIMM), shape, pretrained=pretrained)
             if not pretrained:
@@ -91,7 +94,8 @@ def build_teacher(
                     "`pretrained`.",
                     stacklevel=2,
                 )
-    return Teacher(network, name=name, num_classes=num_classes, source=str(source), copy=False)
+    told: dict[str, Any] = {"name": name, "num_classes": num_classes, "source": str(source)}
+    return Teacher(network, **told, label_smoothing=smoothing, copy=False)
 
 
 def _is_file(source: str | Path) -> bool:
@@ -114,12 +118,13 @@ def _create(name: str, shape: Mapping[str, int | None], *, pretrained: bool = Fa
     return network
 
 
-def _from_file(path: Path, backbone: str | None, shape: Mapping[str, int | None], prefix: str | None) -> nn.Module:
-    file = read_weights(path)
+def _from_file(
+    file: WeightsFile, backbone: str | None, shape: Mapping[str, int | None], prefix: str | None
+) -> nn.Module:
     if set(ARCHITECTURE) <= set(file.hyper_parameters):
         return _image_classifier(file, {"backbone": backbone, **shape})
     if backbone is None:
-        raise ValueError(f"The teacher file {path} does not say which network it holds; set `backbone`.")
+        raise ValueError(f"The teacher file {file.path} does not say which network it holds; set `backbone`.")
     network = _create(backbone, shape)
     load_weights(network, file, prefix=prefix, num_classes=getattr(network, "num_classes", None))
     return network

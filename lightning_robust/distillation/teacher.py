@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_robust.losses import full_precision
+from lightning_robust.losses import full_precision, label_smoothing_of
 
 __all__ = ["Teacher", "fingerprint"]
 
@@ -49,6 +49,8 @@ class Teacher:
         name: What messages call it.
         num_classes: Number of classes that its logits must have; unchecked when ``None``.
         source: Where it came from, for messages and checkpoints.
+        label_smoothing: How much the labels that it was trained on were smoothed; read off a criterion that the network
+            holds when ``None``.
         copy: Work on a copy, so that the given network stays trainable and in its mode. Without it the network is
             taken over, frozen, which saves the memory of one copy.
 
@@ -72,6 +74,7 @@ class Teacher:
         name: str = "teacher",
         num_classes: int | None = None,
         source: str | None = None,
+        label_smoothing: float | None = None,
         copy: bool = True,
     ) -> None:
         self.network = (deepcopy(network) if copy else network).eval().requires_grad_(False)
@@ -79,6 +82,7 @@ class Teacher:
         self.name = name
         self.num_classes = num_classes
         self.source = type(network).__name__ if source is None else source
+        self.label_smoothing = label_smoothing_of(self.network) if label_smoothing is None else label_smoothing
         # Taken before any conversion of the precision, so that it is the same in every run.
         self.fingerprint = fingerprint(self.network)
 

@@ -25,11 +25,13 @@ class WeightsFile:
         path: The file.
         tensors: Weights and buffers by name.
         hyper_parameters: What a Lightning checkpoint says about its module; empty for other files.
+        label_smoothing: How much the labels of its training were smoothed, where the file says so.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     hyper_parameters: dict[str, Any]
+    label_smoothing: float = 0.0
 
 
 def read_weights(path: Path) -> WeightsFile:
@@ -60,7 +62,8 @@ def read_weights(path: Path) -> WeightsFile:
             f"The teacher file {path} holds no weights, only {', '.join(map(str, content)) or 'nothing'}; save "
             "`module.state_dict()`."
         )
-    return WeightsFile(path, tensors, dict(content.get("hyper_parameters", {})))
+    smoothing = content.get("label_smoothing", 0.0)
+    return WeightsFile(path, tensors, dict(content.get("hyper_parameters", {})), float(smoothing))
 
 
 def _unpickle(path: Path) -> Mapping[str, Any]:

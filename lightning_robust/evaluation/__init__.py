@@ -6,6 +6,7 @@ from lightning_robust.evaluation.checks import run_checks
 from lightning_robust.evaluation.evaluate import evaluate
 from lightning_robust.evaluation.evaluate_robustness import evaluate_robustness
 from lightning_robust.evaluation.evaluator import RobustnessEvaluator
+from lightning_robust.evaluation.linear_probe import LinearProbe, linear_probe, quarter_turns
 from lightning_robust.evaluation.progress import RobustnessProgress
 from lightning_robust.evaluation.report import AttackReport, ClassReport, RobustnessReport, StageReport
 from lightning_robust.evaluation.report_build import build_report
@@ -20,6 +21,7 @@ __all__ = [
     "Check",
     "ClassReport",
     "EvaluationResult",
+    "LinearProbe",
     "RobustnessEvaluator",
     "RobustnessProgress",
     "RobustnessReport",
@@ -28,9 +30,11 @@ __all__ = [
     "build_report",
     "evaluate",
     "evaluate_robustness",
+    "linear_probe",
     "load_points",
     "merge_shards",
     "print_report",
+    "quarter_turns",
     "report_view",
     "robustness_figure",
     "run_checks",

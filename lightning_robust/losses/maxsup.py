@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """MaxSup: label smoothing that suppresses the largest logit instead of the labelled one."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,9 +29,33 @@ def maxsup_penalty(logits: Tensor) -> Tensor:
         >>> maxsup_penalty(torch.tensor([[3.0, 0.0, 0.0]]))
         tensor([2.])
     """
-    logits = full_precision(logits)
-    # Not `amax`: at a tie it splits the sub-gradient, while the published code sends all of it to one index.
-    return logits.max(1).values - logits.mean(1)
+    penalty: Tensor = _TopMinusMean.apply(full_precision(logits))[0]
+    return penalty
+
+
+class _TopMinusMean(torch.autograd.Function):
+    """Autograd would write out three tensors of the size of the logits on the way back; this writes one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
+        # Not `amax`: at a tie it splits the sub-gradient, while the published code sends all of it to one index.
+        top, index = logits.max(1, keepdim=True)
+        return top.squeeze(1) - logits.mean(1), index
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Tensor:
+        index: Tensor = ctx.saved_tensors[0]
+        each = upstream.unsqueeze(1)
+        gradient: Tensor = (each / -ctx.shape[1]).expand(ctx.shape).clone()
+        return gradient.scatter_add_(1, index, each)
 
 
 class MaxSup(LogitRegularizer):

@@ -34,5 +34,6 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
         torch.float32
     """
     device = tensor.device.type
-    # Devices without autocast ("meta") refuse even to switch it off.
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    # Devices without autocast ("meta") refuse even to be asked.
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

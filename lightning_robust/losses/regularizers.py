@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base class of the label-free penalties on logits."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_robust.losses.precision import autocast_off, full_precision
-from lightning_robust.schedules import Constant, Schedule, as_schedule
+from lightning_robust.schedules import Coefficient, Schedule
 
 __all__ = ["LogitRegularizer"]
 
@@ -39,28 +40,36 @@ class LogitRegularizer(nn.Module):
         tensor(1.)
     """
 
+    #: Whether :meth:`observe` and :meth:`validation_ends` have to be called; the callback does.
+    needs_validation: bool = False
     name: ClassVar[str] = "penalty"  # the callback logs the penalty under this name
     coefficient_name: ClassVar[str] = "coefficient"  # what the constructor of the subclass calls it
 
     def __init__(self, *, coefficient: float | Schedule) -> None:
         super().__init__()
-        self.schedule = as_schedule(self.coefficient_name, coefficient)
-        # None: a schedule has no value until the epoch is known.
-        self._coefficient = self.schedule.value if isinstance(self.schedule, Constant) else None
+        self._coefficient = Coefficient(
+            self.coefficient_name, coefficient, owner=type(self).__name__, callback="LogitRegularization"
+        )
+
+    @property
+    def schedule(self) -> Schedule:
+        """The coefficient over the run."""
+        return self._coefficient.schedule
 
     @property
     def coefficient(self) -> float:
         """Factor of the mean penalty in the current epoch."""
-        if self._coefficient is None:
-            raise RuntimeError(
-                f"The coefficient of {type(self).__name__} follows a schedule that was not told the epoch; call "
-                "`set_progress(epoch, max_epochs)` at the start of every epoch, as LogitRegularization does."
-            )
-        return self._coefficient
+        return self._coefficient.value
 
     def set_progress(self, epoch: int, max_epochs: int) -> None:
         """Tell the schedule the epoch (counted from 0) and the number of epochs of the run (-1: unknown)."""
-        self._coefficient = self.schedule.at(epoch, max_epochs)
+        self._coefficient.set_progress(epoch, max_epochs)
+
+    def observe(self, logits: Tensor, target: Tensor) -> None:
+        """Look at a validation batch."""
+
+    def validation_ends(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Close a validation epoch, in all processes at once; ``total`` sums a tensor over them."""
 
     def penalty(self, logits: Tensor) -> Tensor:
         """Return the penalty of each sample, ``[B, ...]`` for logits ``[B, C, ...]``, without the coefficient."""

@@ -5,6 +5,7 @@ from lightning_robust.training.batches import BatchAdapter, RepeatableBatch, los
 from lightning_robust.training.callback import StepCallback
 from lightning_robust.training.context import RunStep, StepContext, derive_seed
 from lightning_robust.training.evaluation_indices import EvaluationIndices
+from lightning_robust.training.features import FeatureCapture, FeaturesNotCaptured
 from lightning_robust.training.indices import SampleIndices
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction, LogitsNotCaptured
 from lightning_robust.training.per_sample import PerSampleCallback
@@ -17,6 +18,8 @@ __all__ = [
     "REASONS",
     "BatchAdapter",
     "EvaluationIndices",
+    "FeatureCapture",
+    "FeaturesNotCaptured",
     "LogitsCapture",
     "LogitsFunction",
     "LogitsNotCaptured",

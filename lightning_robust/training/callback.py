@@ -39,6 +39,8 @@ class StepCallback(Callback):
     needs_logits: bool = False
     #: Only one callback with this mark may stand in its stage.
     exclusive: ClassVar[bool] = False
+    #: Whether the callback leaves batch and loss as they are.
+    only_looks: ClassVar[bool] = False
     #: Whether the callback works when the module steps its optimizers by hand.
     manual_optimization: ClassVar[bool] = False
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_robust.guards import buffers_restored, module_devices
+from lightning_robust.losses import MixedTarget
 from lightning_robust.training.logits import LogitsCapture, LogitsFunction
 from lightning_robust.training.quiet import QuietGate
 
@@ -46,6 +47,7 @@ class StepContext:
         batch_as_loaded: the batch as the loader gave it.
         current_batch: the batch that the innermost step saw last.
         counted: whether the running pass is the one that logs and counts; a sharpness-aware step has others too.
+        mixed: the two labels of each sample and their shares, when a callback mixed the samples of the batch.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class StepContext:
         self.batch_as_loaded = batch
         self.current_batch = batch
         self.counted = True
+        self.mixed: MixedTarget | None = None
         self._captures = captures
         self._gate = gate
         self._seed = seed
         self._core: RunStep | None = None
+        self._adapt: RunStep | None = None
         self._output: Any = None
 
     @property
@@ -113,6 +117,13 @@ class StepContext:
             raise RuntimeError("Two objectives want to replace the same training step; keep one of them.")
         self._core = step
 
+    def adapt_core(self, change: RunStep) -> None:
+        """Let ``change(output)`` take the place of what the innermost step returns, in every pass over this batch.
+
+        Terms that other callbacks add to the loss come after it, wherever they stand in the Trainer's list.
+        """
+        self._adapt = change
+
     @contextmanager
     def uncounted_pass(self, *, restore_buffers: bool = True) -> Iterator[None]:
         """A further pass over the same batch: silent, and with buffers put back.
@@ -132,6 +143,8 @@ class StepContext:
         for capture in self._captures.values():
             capture.clear()
         self._output = (self._core or step)(batch)
+        if self._adapt is not None:
+            self._output = self._adapt(self._output)
         return self._output
 
 

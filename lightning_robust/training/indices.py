@@ -191,12 +191,13 @@ class SampleIndices:
             self._list = (number, iteration.lists.popleft()) if iteration is not None and iteration.lists else None
 
 
-def entry_of(batch: Any, key: int | str) -> Any:
-    """The entry of a batch that holds the indices.
+def entry_of(batch: Any, key: int | str, option: str = "index_key") -> Any:
+    """The entry of a batch that a user names.
 
     Args:
         batch: the batch.
         key: key (mapping) or position (sequence).
+        option: where the user names it.
 
     Raises:
         KeyError: the batch has no such entry.
@@ -205,7 +206,7 @@ def entry_of(batch: Any, key: int | str) -> Any:
         return batch[key]
     except (KeyError, IndexError, TypeError):
         form = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else _describe(batch)
-        raise KeyError(f"index_key={key!r} names no entry of the batch, which has {form}.") from None
+        raise KeyError(f"{option}={key!r} names no entry of the batch, which has {form}.") from None
 
 
 def as_indices(indices: Any) -> Tensor:

@@ -49,6 +49,11 @@ class PerSampleCallback(StepCallback):
         super().__init__(logits_from=logits_from, batch=batch)
         self._indices = SampleIndices(index_key=index_key, num_samples=num_samples)
 
+    @property
+    def follows_samples(self) -> bool:
+        """Whether the samples of batches have to be known; a subclass may need them for some of its settings only."""
+        return True
+
     def on_samples_known(self, trainer: L.Trainer, pl_module: L.LightningModule, num_samples: int) -> None:
         """Called once per fit before the first step, after a checkpoint was restored.
 
@@ -71,11 +76,13 @@ class PerSampleCallback(StepCallback):
     @override
     def check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().check(trainer, pl_module)
-        self._indices.install(trainer)
+        if self.follows_samples:
+            self._indices.install(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.on_samples_known(trainer, pl_module, self._indices.start())
+        if self.follows_samples:
+            self.on_samples_known(trainer, pl_module, self._indices.start())
 
     @override
     def on_pipeline_end(self) -> None:

@@ -60,6 +60,20 @@ class Golden:
             actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{self.path.stem}: {name}: {text}"
         )
 
+    def check_finite(self, name: str, actual: Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+        """Compare where the recorded code gave a number; ours has to give one everywhere."""
+        expected = self.tensor(name)
+        given = expected.isfinite()
+        assert bool(actual.isfinite().all()), f"{self.path.stem}: {name}: not finite"
+        torch.testing.assert_close(
+            actual.detach().reshape(expected.shape)[given],
+            expected[given],
+            rtol=rtol,
+            atol=atol,
+            check_dtype=False,
+            msg=lambda text: f"{self.path.stem}: {name}: {text}",
+        )
+
     def skip(self, *names: str, reason: str) -> None:
         """Arrays that are deliberately not matched."""
         if not reason:
