@@ -82,7 +82,10 @@ class AdversarialTraining(StepCallback):
 
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._looked = False
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        inside = callbacks[callbacks.index(self) + 1 :]
+        # samples that are mixed inside are what the network should see
+        self._looked = any(getattr(callback, "mixes_samples", False) for callback in inside)
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:

@@ -140,6 +140,12 @@ class Distillation(StepCallback):
                 key: _look_up(key, trainer, pl_module) if size is None else size for key, size in self._shape.items()
             }
             self.teacher = build_teacher(self._source, name=self.name, **shape, **self._options)
+        if self.teacher.label_smoothing > 0:
+            rank_zero_warn(
+                f"The {self.name} {self.teacher.source} was trained with label smoothing ("
+                f"{self.teacher.label_smoothing:g}), which erases what it knows about the likeness of classes: a "
+                "student usually learns less from it than from a teacher trained without (arXiv:1906.02629)."
+            )
 
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

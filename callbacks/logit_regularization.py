@@ -4,19 +4,22 @@
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_robust.callbacks._names import refuse_same_name
-from lightning_robust.losses import CrossEntropy, LogitRegularizer
-from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext, loss_of, replace_loss
+from lightning_robust.callbacks._smoothing import warn_of_smoothing
+from lightning_robust.callbacks._validation_watch import LearnsFromValidation
+from lightning_robust.checks import check_kind
+from lightning_robust.losses import LogitRegularizer
+from lightning_robust.training import BatchAdapter, RunStep, Stage, StepContext, loss_of, replace_loss
 
 __all__ = ["LogitRegularization"]
 
+_KEY = "logit_regularizers"  # in checkpoints
 
-class LogitRegularization(StepCallback):
+
+class LogitRegularization(LearnsFromValidation):
     r"""Adds a penalty on the logits to the loss of the training step of any LightningModule.
 
     .. math:: L + \alpha\,\mathrm{mean}(r(z))
@@ -65,6 +68,13 @@ class LogitRegularization(StepCallback):
         batch: BatchAdapter | None = None,
     ) -> None:
         super().__init__(logits_from=logits_from, batch=batch)
+        check_kind(
+            "regularizer",
+            regularizer,
+            LogitRegularizer,
+            "use one of lightning_robust.losses, MaxSup(alpha=0.1) for example, and the callback Criterion for a loss "
+            "that needs labels",
+        )
         self.regularizer = regularizer
         self.ignore_index = ignore_index
         self.name = regularizer.name if name is None else name
@@ -75,13 +85,8 @@ class LogitRegularization(StepCallback):
         super().check(trainer, pl_module)
         refuse_same_name(trainer, self)
         self._set_progress(trainer)
-        smoothing = next(filter(None, map(_label_smoothing, pl_module.modules())), 0.0)
-        if smoothing:
-            rank_zero_warn(
-                f"The criterion of {type(pl_module).__name__} already smooths its labels (label_smoothing="
-                f"{smoothing:g}), and {type(self.regularizer).__name__} penalises the same logits once more; usually "
-                "one of the two is enough: set label_smoothing to 0 or drop this callback."
-            )
+        warn_of_smoothing(trainer, pl_module, self)
+        self.learn(self.regularizer if self.regularizer.needs_validation else None)
 
     @override
     def on_pipeline_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,6 +95,7 @@ class LogitRegularization(StepCallback):
     # A run that continues in the middle of an epoch gets no call at the start of that epoch.
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._set_progress(trainer)
 
     @override
@@ -108,6 +114,18 @@ class LogitRegularization(StepCallback):
         context.log(f"train/{self.name}", penalty, batch_size=len(logits))
         return replace_loss(output, loss + self.regularizer.coefficient * penalty)
 
+    # Not `state_dict`: Lightning would refuse two penalties of one name before this callback can say what to do, and
+    # would ask later runs for a callback whose state is empty.
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if state := self.regularizer.state_dict():
+            checkpoint.setdefault(_KEY, {})[self.name] = dict(state)
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if state := checkpoint.get(_KEY, {}).get(self.name):
+            self.regularizer.load_state_dict(state)
+
     def _set_progress(self, trainer: L.Trainer) -> None:
         max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         self.regularizer.set_progress(trainer.current_epoch, max_epochs)
@@ -125,7 +143,3 @@ class LogitRegularization(StepCallback):
         if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:1] + logits.shape[2:]:
             return None
         return labels != self.ignore_index
-
-
-def _label_smoothing(module: torch.nn.Module) -> float:
-    return module.label_smoothing if isinstance(module, CrossEntropy | torch.nn.CrossEntropyLoss) else 0.0

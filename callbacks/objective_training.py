@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 import lightning as L
-from torch import Tensor
 from typing_extensions import override
 
+from lightning_robust.callbacks._processes import total
 from lightning_robust.callbacks.adversarial_training import AdversarialTraining
 from lightning_robust.objectives import Objective, ObjectiveOutput
 from lightning_robust.training import BatchAdapter, RunStep, Stage, StepCallback, StepContext
@@ -89,7 +89,7 @@ class ObjectiveTraining(StepCallback):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.objective.epoch_ends(trainer.current_epoch, partial(_total, trainer))
+        self.objective.epoch_ends(trainer.current_epoch, partial(total, trainer))
 
     @override
     def around_step(self, context: StepContext, batch: Any, run: RunStep) -> Any:
@@ -113,7 +113,7 @@ class ObjectiveTraining(StepCallback):
 
         context.replace_core(step)
         result = run(batch)
-        self.objective.batch_ends(counted[0], partial(_total, context.trainer))
+        self.objective.batch_ends(counted[0], partial(total, context.trainer))
         return result
 
     @override
@@ -123,8 +123,3 @@ class ObjectiveTraining(StepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.objective.load_state_dict(state_dict["objective"])
-
-
-def _total(trainer: L.Trainer, tensor: Tensor) -> Tensor:
-    summed: Tensor = trainer.strategy.reduce(tensor.detach().clone(), reduce_op="sum")
-    return summed

@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from lightning_robust.checks import check_choice, check_integer
-from lightning_robust.losses import Criterion, CrossEntropy
+from lightning_robust.losses import Criterion, CrossEntropy, label_smoothing_of
 from lightning_robust.models.create import create_backbone
 from lightning_robust.models.inputs import check_image_form, check_image_values, check_labels
 from lightning_robust.models.normalize import normalization
@@ -36,7 +36,9 @@ class ImageClassifier(L.LightningModule):
     The steps return ``{"loss", "logits"}`` and log ``train/loss``, ``train/acc``, ``val/...`` and ``test/...`` per
     epoch. Images are normalised inside the model, so attacks and monitors work on pixels. Methods come from callbacks;
     an ``objective`` is only a short form of ``ObjectiveTraining(objective)`` among the Trainer's callbacks, and then
-    ``train/acc`` is not logged, because this module's own training step does not run.
+    ``train/acc`` is not logged, because this module's own training step does not run. A ``criterion`` that needs to
+    know samples, epochs or validation data is a short form of the callback ``Criterion(criterion)``; evaluation then
+    logs the cross-entropy.
 
     Checkpoints open with ``weights_only=True`` and rebuild by ``ImageClassifier.load_from_checkpoint(path)``; the
     recipe of the training (criterion, objective, optimizer) is not in them, and neither is a backbone that was given
@@ -98,7 +100,8 @@ class ImageClassifier(L.LightningModule):
         self.in_chans = in_chans
         self.normalize = normalization(mean, std, in_chans)
         self.backbone = create_backbone(backbone, num_classes, in_chans, **options)
-        self.criterion = criterion if criterion is not None else CrossEntropy()
+        asks = criterion is not None and bool(criterion.needs or criterion.needs_epoch or criterion.needs_validation)
+        self.criterion = CrossEntropy() if criterion is None or asks else criterion
         self.metrics = _metrics(num_classes)  # by the name under which each is logged
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -106,7 +109,8 @@ class ImageClassifier(L.LightningModule):
         self.channels_last = channels_last
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
-        self._set_objective(objective)
+        self._callbacks: list[Callback] = []
+        self._set_training(objective, criterion if asks else None)
         self._batch = BatchAdapter()
         self._values_checked = False
         self.save_hyperparameters(
@@ -181,6 +185,8 @@ class ImageClassifier(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # load_from_checkpoint overwrites the stored hyperparameters with its arguments before anybody can compare
         checkpoint[SHAPES_KEY] = {"num_classes": self.num_classes, "in_chans": self.in_chans}
+        # whoever takes this network as a teacher wants to know; a callback that replaced the criterion knows better
+        checkpoint.setdefault("label_smoothing", label_smoothing_of(self.criterion))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -223,14 +229,15 @@ class ImageClassifier(L.LightningModule):
             check_labels(y, len(x), self.num_classes)
             self._values_checked = True
 
-    def _set_objective(self, objective: Objective | None) -> None:
-        # One callback for the module's lifetime: it holds the objective's state, also over several fits.
-        self._callbacks: list[Callback] = []
+    def _set_training(self, objective: Objective | None, criterion: Criterion | None) -> None:
+        # One callback each for the module's lifetime: they hold the state, also over several fits.
+        from lightning_robust import callbacks  # they stand above the models
+
+        if criterion is not None:
+            self._callbacks.append(callbacks.Criterion(criterion))
         if objective is None:
             return
-        from lightning_robust.callbacks import ObjectiveTraining  # callbacks stand above the models
-
-        self._callbacks.append(ObjectiveTraining(objective))
+        self._callbacks.append(callbacks.ObjectiveTraining(objective))
         trainable = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         if trainable:
             self.objective_parameters = nn.ParameterList(trainable)

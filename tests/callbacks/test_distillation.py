@@ -9,10 +9,22 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_robust.callbacks import Distillation, SharpnessAware
+from lightning_robust.callbacks import Criterion, Distillation, SharpnessAware
 from lightning_robust.distillation import KD, DistillationLoss, Teacher, fingerprint
+from lightning_robust.losses import CrossEntropy
+from lightning_robust.models import ImageClassifier
 from lightning_robust.training import Stage, StepCallback
-from support.modules import CLASSES, DictModule, ManualModule, PlainModule, loader, network, trainer, weights_of
+from support.modules import (
+    CHANNELS,
+    CLASSES,
+    DictModule,
+    ManualModule,
+    PlainModule,
+    loader,
+    network,
+    trainer,
+    weights_of,
+)
 
 
 def teacher_network(seed=7):
@@ -348,3 +360,22 @@ def test_labels_are_read_before_the_step_takes_its_batch_apart():
 
     run = fit(Pops(), Distillation(teacher_network(), Supervised()), data=loader(form="dict"))
     assert "train/supervised" in run.callback_metrics
+
+
+@pytest.mark.parametrize("where", ["module", "checkpoint", "callback"])
+def test_a_teacher_that_was_trained_with_label_smoothing_is_told_about(where, tmp_path):
+    smoothed = CrossEntropy(label_smoothing=0.1)
+    teacher = ImageClassifier(
+        "resnet8_cifar",
+        num_classes=CLASSES,
+        in_chans=CHANNELS,
+        criterion=smoothed if where != "callback" else None,
+    )
+    callbacks = [Criterion(smoothed)] if where == "callback" else []
+    if where != "module":
+        run = trainer(*callbacks, max_steps=1)
+        run.fit(teacher, loader())
+        run.save_checkpoint(tmp_path / "teacher.ckpt")
+    source = teacher if where == "module" else tmp_path / "teacher.ckpt"
+    with pytest.warns(UserWarning, match=r"was trained with label smoothing \(0.1\)"):
+        trainer(Distillation(source), max_steps=1).fit(PlainModule(), loader())

@@ -3,6 +3,7 @@ import warnings
 
 import lightning as L
 import pytest
+import timm.loss
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
@@ -154,14 +155,25 @@ def test_validation_is_left_alone():
     torch.testing.assert_close(float(run.callback_metrics["val_loss"]), plain["val_loss"])
 
 
-@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(label_smoothing=0.1), CrossEntropy(label_smoothing=0.1)])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        CrossEntropy(label_smoothing=0.1),
+        timm.loss.LabelSmoothingCrossEntropy(0.1),
+    ],
+    ids=["torch", "ours", "timm"],
+)
 def test_warns_of_double_smoothing(criterion):
     module = PlainModule()
     module.criterion = criterion
-    with pytest.warns(
-        UserWarning, match=r"criterion of PlainModule already smooths its labels \(label_smoothing=0.1\)"
-    ):
+    with pytest.warns(UserWarning, match=r"already smoothed by the criterion of PlainModule \(0.1\)"):
         fit(module, LogitRegularization(MaxSup()))
+
+
+def test_a_loss_in_place_of_a_penalty_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"a LogitRegularizer but got CrossEntropy; .* the callback Criterion"):
+        LogitRegularization(CrossEntropy())
 
 
 def test_manual_optimization_is_refused():

@@ -1,4 +1,4 @@
-"""SAF and MESA in two processes: one memory, one average, and runs that continue exactly."""
+"""SAF, ELR and MESA in two processes: one memory, one average, and runs that continue exactly."""
 
 import pytest
 import torch

@@ -34,9 +34,8 @@ from support.modules import (
 from support.ranks import WORLD, as_rank, launch
 from support.reference import METHODS, SEED, attack, train
 
-SHARP = [
-    name for name, method in METHODS.items() if method.sharp is not None and name not in {"all", "saf-sam", "mesa-sam"}
-]
+OTHER_LOSSES = {"all", "saf-sam", "mesa-sam", "elr-sam-adversarial"}
+SHARP = [name for name, method in METHODS.items() if method.sharp is not None and name not in OTHER_LOSSES]
 ALONE = [name for name in SHARP if not METHODS[name].shared]  # LAP makes its own images
 LATE = [name for name in SHARP if METHODS[name].sharp.counted == "perturbed"]
 

@@ -1,4 +1,4 @@
-"""One rank of DDP runs with SAF and MESA; `python -m support.ddp_trajectory FOLDER` under torchrun's variables."""
+"""One rank of DDP runs with SAF, ELR and MESA; `python -m support.ddp_trajectory FOLDER` under torchrun's variables."""
 
 import os
 
@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_robust.callbacks import MESA, SAF
+from lightning_robust.callbacks import MESA, SAF, Criterion
 from lightning_robust.data import EpochSampler, ResumableDataLoader
+from lightning_robust.losses import ELR
 from lightning_robust.sharpness import LogitHistory, trajectory
 from lightning_robust.training import PerSampleCallback, Stage
 from support.modules import CollectionModule, Images, PlainModule, trainer
@@ -19,6 +20,7 @@ SAMPLES, EPOCHS, BATCHES = 21, 4, 4  # 11 samples per rank, one of them twice; t
 STEPS = (2, BATCHES, 6, 11)  # in the first epoch, at its end, in the middle and near the end of others
 CALLBACKS = {
     "saf": lambda: SAF(weight=2.0, temperature=2.0, start_epoch=0, lag=1),
+    "elr": lambda: Criterion(ELR(beta=0.5)),
     "mesa": lambda: MESA(weight=2.0, temperature=2.0, start_epoch=0, decay=0.8),
 }
 
@@ -40,7 +42,8 @@ def fit(name, folder, rank, ckpt_path=None):
     run = trainer(callback, saving, max_epochs=EPOCHS, enable_checkpointing=True, **ddp())
     run.fit(module, shuffled(rank), ckpt_path=ckpt_path)
     assert run.global_step == EPOCHS * BATCHES
-    return {"weights": dict(module.named_parameters()), "state": callback.state_dict()}
+    state = callback.state_dict()
+    return {"weights": dict(module.named_parameters()), "state": {**state.pop("criterion", {}), **state}}
 
 
 class Told(PerSampleCallback):

@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_robust import losses
 from lightning_robust.attacks import FGSM, PGD
 from lightning_robust.callbacks import (
     MESA,
     SAF,
     AdversarialTraining,
+    Criterion,
     Distillation,
     LayerAwarePerturbation,
     LogitRegularization,
+    Mixing,
     ObjectiveTraining,
     SharpnessAware,
+    WeightRegularization,
 )
 from lightning_robust.distillation import KD
 from lightning_robust.guards import buffers_restored
-from lightning_robust.losses import MaxSup, full_precision
+from lightning_robust.losses import ELR, CrossEntropy, Focal, MaxSup
+from lightning_robust.mixing import Mixer, Mixup
 from lightning_robust.objectives import (
     AAER,
     DAFA,
@@ -37,6 +42,7 @@ from lightning_robust.objectives import (
     AVmixup,
     Objective,
 )
+from lightning_robust.regularization import GOR, WeightRegularizer
 from lightning_robust.sharpness import (
     AMP,
     ASAM,
@@ -60,10 +66,11 @@ from lightning_robust.sharpness import (
     trajectory_loss,
 )
 from lightning_robust.training import derive_seed
-from support.modules import CLASSES, loader, network
+from support.modules import CLASSES, Images, loader, network
 from support.simulated import together
 
 SEED = 3
+ORTHOGONAL = {"lam": 0.1, "num_groups": 1, "linear": True}
 
 
 def teacher(seed=99):
@@ -140,6 +147,9 @@ class Method:
     shared: bool = False
     objective: Callable[[], Objective] | None = None
     penalty: bool = False
+    criterion: Callable[[], losses.Criterion] | None = None
+    mixer: Mixer | None = None
+    weights: WeightRegularizer | None = None
     teacher: bool = False
     sharp: SharpnessMethod | None = None
     saf: bool = False
@@ -148,7 +158,7 @@ class Method:
     def start(self, module):
         """What a loss remembers begins anew."""
         self.past = {}
-        self.objectives, self.outputs = {}, {}  # by rank
+        self.objectives, self.outputs, self.criteria = {}, {}, {}  # by rank
         self.average = copy.deepcopy(module).eval() if self.mesa else None
 
     def stepped(self, module):
@@ -164,13 +174,11 @@ class Method:
         def call(objective, rank, total):
             getattr(objective, hook)(self.outputs[rank] if what is None else what, total)
 
-        told = {rank: [] for rank in self.objectives}
-        for rank, objective in self.objectives.items():
-            call(copy.deepcopy(objective), rank, lambda tensor, mine=told[rank]: mine.append(tensor) or tensor)
-        sums = [torch.stack(tensors).sum(0) for tensors in zip(*told.values(), strict=True)]
-        for rank, objective in self.objectives.items():
-            remaining = iter(sums)
-            call(objective, rank, lambda tensor, remaining=remaining: next(remaining))
+        with_sums(self.objectives, call)
+
+    def synchronise(self):
+        """Each rank's criterion learns what the others remember."""
+        with_sums(self.criteria, lambda criterion, rank, total: criterion.synchronise(total))
 
     def prepare(self, module, batch, seed, rank, epoch, index):
         """What is computed once per batch, at the unperturbed weights.
@@ -197,11 +205,25 @@ class Method:
             x = attack()(module, x, y, generator=generator("attack"))
         guide = teacher() if self.teacher else None
         samples = [row.numpy().tobytes() for row in x] if self.saf else []
+        if self.mixer:
+            drawn = generator("mixing")
+            torch.rand((), generator=drawn)  # whether this batch is mixed
+            mixture = self.mixer.mix(x, drawn)
+            x, y = mixture.x, mixture.target(y)
+        criterion, known = None, {}
+        if self.criterion:
+            criterion = self.criteria.setdefault(rank, self.criterion())
+            criterion.counted(True)
+            known = {name: positions(batch[0]) for name in criterion.needs}
 
         def loss(ascent=False):
             shown = x if images is None else images.start if ascent else images.attacked()
             logits = module(shown)
-            value = F.cross_entropy(logits, y)
+            if criterion is None:
+                value = F.cross_entropy(logits, y)
+            else:
+                value = criterion(logits, y, **known)
+                criterion.counted(False)  # of several passes the first counts
             if guide is not None:
                 with torch.no_grad():
                     target = guide(shown)
@@ -216,11 +238,24 @@ class Method:
                 with torch.no_grad():
                     past = self.average(shown)
                 value = value + 2.0 * trajectory_loss(logits, past, 2.0)
+            if self.weights:
+                value = value + self.weights(module)
             if self.penalty:
                 value = value + MaxSup(alpha=0.5)(logits)
-            return Evaluation(value, lambda: F.cross_entropy(full_precision(logits), y, reduction="none"))
+            return Evaluation(value, lambda: losses.cross_entropy(logits, y, reduction="none"))
 
         return loss, [images.start] if images else []
+
+
+def elr():
+    criterion = ELR(beta=0.5)
+    criterion.samples_known(len(Images()))
+    return criterion
+
+
+def positions(x):
+    """Where in the data set images stand."""
+    return (x[:, None] == Images().x).flatten(2).all(2).int().argmax(1)
 
 
 def sharpness(make):
@@ -234,6 +269,17 @@ def saf():
 
 def mesa():
     return MESA(weight=2.0, temperature=2.0, start_epoch=0, decay=0.8)
+
+
+def with_sums(by_rank, call):
+    """`call(object, rank, total)` for each rank's object; `total` sums what the ranks give to it."""
+    told = {rank: [] for rank in by_rank}
+    for rank, each in by_rank.items():
+        call(copy.deepcopy(each), rank, lambda tensor, mine=told[rank]: mine.append(tensor) or tensor)
+    sums = [torch.stack(tensors).sum(0) for tensors in zip(*told.values(), strict=True)]
+    for rank, each in by_rank.items():
+        remaining = iter(sums)
+        call(each, rank, lambda tensor, remaining=remaining: next(remaining))
 
 
 METHODS = {
@@ -263,6 +309,20 @@ METHODS = {
     ),
     "adversarial": Method(lambda: [AdversarialTraining(attack())], adversarial=True),
     "maxsup": Method(lambda: [LogitRegularization(MaxSup(alpha=0.5))], penalty=True),
+    "criterion": Method(lambda: [Criterion(Focal(gamma=2.0))], criterion=lambda: Focal(gamma=2.0)),
+    "elr": Method(lambda: [Criterion(ELR(beta=0.5))], criterion=elr),
+    "elr-sam-adversarial": Method(
+        lambda: [Criterion(ELR(beta=0.5)), SharpnessAware(SAM(rho=0.2)), AdversarialTraining(attack())],
+        adversarial=True,
+        criterion=elr,
+        sharp=SAM(rho=0.2),
+    ),
+    "mixing": Method(
+        lambda: [Mixing(Mixup(alpha=1.0), targets="hard"), Criterion(CrossEntropy())],
+        mixer=Mixup(alpha=1.0),
+        criterion=CrossEntropy,
+    ),
+    "weights": Method(lambda: [WeightRegularization(GOR(**ORTHOGONAL))], weights=GOR(**ORTHOGONAL)),
     "distill": Method(lambda: [Distillation(teacher(), KD(temperature=2.0))], teacher=True),
     **{
         name: Method(lambda make=make: [ObjectiveTraining(make())], objective=make)
@@ -343,6 +403,7 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
                 steps += 1
                 method.stepped(module)
         method.tell("epoch_ends", epoch)
+        method.synchronise()
     return module
 
 
@@ -373,7 +434,7 @@ def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate
             evaluation = loss(ascent)
             value = method.sharp.ascent_loss(evaluation) if ascent else evaluation.loss
             inputs = images if ascent else []
-            gradients = [g * unit for g in torch.autograd.grad(scaler.scale(value), [*weights.tensors, *inputs])]
+            gradients = [g * unit for g in backward(scaler.scale(value), [*weights.tensors, *inputs])]
             for each, found in zip(inputs, gradients[len(weights) :], strict=True):
                 each.grad = found
             return gradients[: len(weights)]
@@ -386,7 +447,7 @@ def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate
         with precision_context(precision):
             loss, images = method.prepare(module, batch, seed, rank, epoch, index)
             if method.sharp is None:
-                plain = torch.autograd.grad(scaler.scale(loss().loss / accumulate), weights.tensors)
+                plain = backward(scaler.scale(loss().loss / accumulate), weights.tensors)
                 return lambda sharp, average: (plain, [])
             keeps = late and not method.sharp.ascent_moves_buffers
             with buffers_restored(module) if keeps else contextlib.nullcontext():
@@ -410,6 +471,12 @@ def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate
         return finish
 
     return compute
+
+
+def backward(loss, tensors):
+    """Gradients as Lightning computes them: outside autocast, which would round products in the backward pass."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.autograd.grad(loss, tensors)
 
 
 def precision_context(precision):
