@@ -26,12 +26,14 @@ from lightning_robust.cli.errors import UsageError
 from lightning_robust.cli.messages import build_refusal, check_methods, parse_refusal
 from lightning_robust.cli.quiet import silence
 
-__all__ = ["LINKED", "RecipeCLI"]
+__all__ = ["COMPARE", "LINKED", "RecipeCLI"]
 
 # The option of jsonargparse's `dump` that writes null values too was renamed.
 _JSONARGPARSE = tuple(int(part) for part in version("jsonargparse").split(".")[:2])
 _KEEP_EMPTY = {"skip_unset" if _JSONARGPARSE >= (4, 49) else "skip_none": False}
 
+#: The part of a recipe that lists arms; taken out before the rest is parsed.
+COMPARE = "compare"
 #: What the data knows and the model needs; never asked twice.
 LINKED = ("num_classes", "in_chans", "mean", "std")
 
@@ -41,7 +43,8 @@ class RecipeCLI(LightningCLI):
 
     Beside Lightning's own parts (``model``, ``data``, ``trainer``, ``seed_everything``) a recipe has ``methods``,
     callbacks by name; ``monitor`` and ``monitor_mode``, the metric whose best epoch is kept; ``evaluation``, how the
-    result is measured; ``baseline``, the recipe to compare with; ``threads``, the number of CPU threads.
+    result is measured; ``baseline``, the recipe to compare with; ``threads``, the number of CPU threads. The arms of a
+    ``compare`` part are recipes of their own: see `Comparison`.
 
     Args:
         config: The recipe.
@@ -89,6 +92,19 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--evaluation.max_attacked", type=int | None, default=None, help="attack only the first so many samples"
         )
+        parser.add_argument(
+            "--evaluation.transfer",
+            type=L.LightningDataModule | None,
+            default=None,
+            help="what the linear probe of a comparison learns; the turn of an image by default",
+        )
+        parser.add_argument(
+            "--evaluation.features_from",
+            type=str | None,
+            default=None,
+            help="layer whose output a comparison takes for features; what enters the classifier by default",
+        )
+        parser.add_argument(f"--{COMPARE}", type=dict | None, default=None, help="arms to compare")
         for name in self.linked:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
@@ -172,7 +188,7 @@ class RecipeCLI(LightningCLI):
     def fingerprint(self) -> str:
         """A digest of everything that decides the outcome of training: configuration, versions, the library's code."""
         values = yaml.safe_load(self.text())
-        for measured_later in ("evaluation", "baseline"):
+        for measured_later in ("evaluation", "baseline", COMPARE):
             values.pop(measured_later, None)
         digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
         for package in ("torch", "lightning", "timm"):

@@ -15,6 +15,8 @@ ROOMS = (
     "lightning_robust.data",
     "lightning_robust.objectives",
     "lightning_robust.losses",
+    "lightning_robust.mixing",
+    "lightning_robust.regularization",
     "lightning_robust.attacks",
     "lightning_robust.sharpness",
     "lightning_robust.optimizers",

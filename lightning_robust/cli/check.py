@@ -11,8 +11,11 @@ from rich.markup import escape
 
 from lightning_robust.cli.arguments import Arguments
 from lightning_robust.cli.builder import RecipeCLI
+from lightning_robust.cli.compare import parse_arm
+from lightning_robust.cli.comparison import Comparison
 from lightning_robust.cli.errors import CommandError
 from lightning_robust.cli.jobs import Job, baseline_job, main_job
+from lightning_robust.cli.measured import probe_task
 from lightning_robust.cli.quiet import hush, silence
 from lightning_robust.cli.substitute import BASELINE, RUN, uses
 from lightning_robust.cli.tables import new_table
@@ -35,28 +38,55 @@ def check(arguments: Arguments) -> None:
     """
     hush()
     job = main_job(arguments)
+    if (comparison := Comparison.of(job)) is not None:
+        _check_arms(comparison)
+        return
     baseline = baseline_job(job)
     with tempfile.TemporaryDirectory() as folder:
         words = {RUN: folder}
         if baseline is not None and uses(BASELINE, [job.config, job.changes]):
             words[BASELINE] = str(_stand_in(baseline, Path(folder)))
-        cli = job.parse(words)
-        options = {"fast_dev_run": 1, "default_root_dir": folder, "logger": False}
-        try:
-            with silence(warnings_too=False):
-                cli.build(**options, enable_progress_bar=False, enable_model_summary=False)
-                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        except CommandError:
-            raise
-        except Exception as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            lines = [line for line in str(error).splitlines() if line.strip()][:6] or [type(error).__name__]
-            raise CommandError(
-                f"{job.name} is built, but its first batch fails: {kind}{lines[0]}",
-                *lines[1:],
-                "Set LIGHTNING_ROBUST_TRACEBACK=1 to see where.",
-            ) from error
+        cli = _first_batches(job, words)
         _print(job.name, cli)
+        _print_facts(_facts(cli, StepPipeline(cli.trainer, cli.model)))
+
+
+def _check_arms(comparison: Comparison) -> None:
+    facts: list[tuple[str, str]] = []
+    for arm in comparison.arms:
+        parse_arm(comparison, arm)  # what it refuses names the arm
+        with tempfile.TemporaryDirectory() as folder:
+            cli = _first_batches(comparison.job(arm, comparison.seeds[0]), {RUN: folder})
+            _print(arm, cli)
+            pipeline = StepPipeline(cli.trainer, cli.model)
+            facts.append((f"cost of a step of {arm}", _cost(pipeline)))
+            others = _facts(cli, pipeline)
+    seeds = ", ".join(map(str, comparison.seeds))
+    common = [fact for fact in others if fact[0] in ("device", "samples", "keeps the epoch with")]
+    measured = [("seeds", seeds), ("measured", ", ".join(comparison.quantities))]
+    if "probe" in comparison.quantities:
+        measured.append(("probe", probe_task(cli)))
+    _print_facts([*facts, *common, *measured])
+
+
+def _first_batches(job: Job, words: dict[str, str]) -> RecipeCLI:
+    cli = job.parse(words)
+    options = {"fast_dev_run": 1, "default_root_dir": words[RUN], "logger": False}
+    try:
+        with silence(warnings_too=False):
+            cli.build(**options, enable_progress_bar=False, enable_model_summary=False)
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    except CommandError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        lines = [line for line in str(error).splitlines() if line.strip()][:6] or [type(error).__name__]
+        raise CommandError(
+            f"{job.name} is built, but its first batch fails: {kind}{lines[0]}",
+            *lines[1:],
+            "Set LIGHTNING_ROBUST_TRACEBACK=1 to see where.",
+        ) from error
+    return cli
 
 
 def _stand_in(baseline: Job, folder: Path) -> Path:
@@ -77,12 +107,19 @@ def _print(name: str, cli: RecipeCLI) -> None:
         console.print("Why in this order:", style="bold", highlight=False)
     for stage, reason in pipeline.reasons().items():
         console.print(f"{stage:<9} {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_facts(facts: list[tuple[str, str]]) -> None:
     table = new_table()
     table.add_column("what", style="cyan")
     table.add_column("value")
-    for what, value in _facts(cli, pipeline):
+    for what, value in facts:
         table.add_row(what, escape(value))
-    console.print(table)
+    Console().print(table)
+
+
+def _cost(pipeline: StepPipeline) -> str:
+    return f"{pipeline.passes():g} forward + backward passes (a plain step: 1)"
 
 
 def _facts(cli: RecipeCLI, pipeline: StepPipeline) -> list[tuple[str, str]]:
@@ -92,7 +129,7 @@ def _facts(cli: RecipeCLI, pipeline: StepPipeline) -> list[tuple[str, str]]:
     ]
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     facts = [
-        ("cost of a step", f"{pipeline.passes():g} forward + backward passes (a plain step: 1)"),
+        ("cost of a step", _cost(pipeline)),
         ("watching", ", ".join(monitors) or "nothing"),
         ("trainable parameters", f"{trainable:,}"),
         ("optimizer", ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)),

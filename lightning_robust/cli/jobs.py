@@ -116,7 +116,10 @@ def make_plan(job: Job, baseline: Job | None, root: Path, *, fresh: bool) -> Pla
         CommandError: If something is refused, or a folder cannot be created.
     """
     # A mistake in the recipe must not show only after the baseline has been trained.
-    job.parse().rehearse()
+    main = job.parse()
+    main.rehearse()
+    if main.config.evaluation.transfer is not None:
+        raise UsageError("`evaluation.transfer` is measured in a comparison only, a recipe with a `compare` part.")
     if baseline is None:
         return Plan(str(claim_run_folder(root, job.name)))
     parsed = baseline.parse()

@@ -14,10 +14,11 @@ from lightning_robust.cli.errors import CommandError
 from lightning_robust.cli.folders import CONFIG
 from lightning_robust.cli.substitute import RUN, fill
 from lightning_robust.cli.train import best_weights, load_checkpoint
+from lightning_robust.data import ImageDataModule
 from lightning_robust.evaluation import evaluate
 from lightning_robust.training import BatchAdapter, LogitsFunction
 
-__all__ = ["measure", "measure_saved"]
+__all__ = ["loader_of", "measure", "measure_saved"]
 
 
 def measure(cli: RecipeCLI, folder: Path) -> dict[str, Any] | None:
@@ -33,7 +34,7 @@ def measure(cli: RecipeCLI, folder: Path) -> dict[str, Any] | None:
     weights = best_weights(folder)
     if weights.is_file():
         cli.model.load_state_dict(load_checkpoint(weights)["state_dict"])
-    test, validation = _loader(cli, "test"), _loader(cli, "val")
+    test, validation = loader_of(cli, "test"), loader_of(cli, "val")
     if test is None:
         return None
     settings = cli.evaluation_settings()
@@ -73,14 +74,24 @@ def measure_saved(folder: Path, like: RecipeCLI) -> dict[str, Any] | None:
     return measure(saved, folder)
 
 
-def _loader(cli: RecipeCLI, split: str) -> Any:
+def loader_of(cli: RecipeCLI, split: str, data: L.LightningDataModule | None = None) -> Any:
+    """The batches of a split in this process alone; ``None`` when there are none.
+
+    Args:
+        cli: The run, built.
+        split: ``"train"`` (without augmentation and in order, where the data module can), ``"val"`` or ``"test"``.
+        data: Another data module than the run's.
+    """
     name = f"{split}_dataloader"
-    source, base = (cli.model, L.LightningModule) if cli.datamodule is None else (cli.datamodule, L.LightningDataModule)
+    data = cli.datamodule if data is None else data
+    source, base = (cli.model, L.LightningModule) if data is None else (data, L.LightningDataModule)
     if not is_overridden(name, source, base):
         return None
     if isinstance(source, L.LightningDataModule):
         # A data module that still knows the Trainer of several processes would give each its share only.
         source.trainer = None
         source.prepare_data()
-        source.setup("fit" if split == "val" else "test")
+        source.setup("test" if split == "test" else "fit")
+        if split == "train" and isinstance(source, ImageDataModule):
+            return source.clean_train_loader()
     return getattr(source, name)()

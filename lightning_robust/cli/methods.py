@@ -17,8 +17,10 @@ from lightning_robust.cli.errors import UsageError, did_you_mean
 from lightning_robust.cli.tables import new_table
 from lightning_robust.distillation import DistillationLoss
 from lightning_robust.losses import Criterion, LogitRegularizer
+from lightning_robust.mixing import Mixer
 from lightning_robust.objectives import Objective
 from lightning_robust.optimizers import ExactOptimizer
+from lightning_robust.regularization import WeightRegularizer
 from lightning_robust.sharpness import SharpnessMethod
 from lightning_robust.training import StepCallback
 
@@ -30,6 +32,8 @@ KINDS: dict[type, str] = {
     SharpnessMethod: "sharpness",
     Attack: "attack",
     LogitRegularizer: "logit penalty",
+    WeightRegularizer: "weight penalty",
+    Mixer: "mixer",
     Criterion: "loss",
     DistillationLoss: "teacher term",
     Objective: "objective",
@@ -52,7 +56,7 @@ def methods() -> dict[str, tuple[str, type]]:
 
 
 def _stage(item: type) -> str:
-    return str(item.stage) if issubclass(item, StepCallback) else "monitor"
+    return str(item.stage) if issubclass(item, StepCallback) and not item.only_looks else "monitor"
 
 
 def method_table() -> Table:

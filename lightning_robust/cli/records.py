@@ -17,11 +17,11 @@ from typing_extensions import override
 
 from lightning_robust.cli.folders import CHECKPOINTS, METRICS
 
-__all__ = ["BEST", "RESUMABLE", "RunLogger", "TrainingClock", "run_checkpoints"]
+__all__ = ["BEST", "LAST", "RESUMABLE", "RunLogger", "TrainingClock", "run_checkpoints"]
 
-BEST = "best.ckpt"
+BEST, LAST = "best.ckpt", "last.ckpt"
 #: Whole training states; the one with the most steps is continued.
-RESUMABLE = ("last.ckpt", "recent.ckpt")
+RESUMABLE = (LAST, "recent.ckpt")
 _INTERVAL = timedelta(seconds=60)
 
 

@@ -9,6 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lightning_robust.cli.comparison_report import (
+    print_comparison,
+    write_comparison_numbers,
+    write_comparison_picture,
+)
 from lightning_robust.cli.errors import UsageError
 from lightning_robust.cli.evaluations import evaluations_table
 from lightning_robust.cli.folders import read_summary
@@ -44,6 +49,11 @@ def report(folders: Sequence[Path], *, plot: Path | None = None) -> None:
     rows = []
     for folder in folders:
         row = read_summary(folder)
+        if "comparison" in row:
+            if len(folders) > 1:
+                raise UsageError(f"{folder} is a comparison; report it alone.")
+            _report_comparison(row, plot)
+            return
         rows.append(
             {**row, "name": f"{row.get('recipe', folder.parent.name)}/{folder.resolve().name}", "folder": folder}
         )
@@ -56,8 +66,21 @@ def report(folders: Sequence[Path], *, plot: Path | None = None) -> None:
         console.print(evaluations)
     if plot is None:
         return
-    numbers = write_numbers(rows, plot.with_suffix(".csv"))
-    picture = write_picture(rows, plot)
+    _say_written(console, write_numbers(rows, plot.with_suffix(".csv")), write_picture(rows, plot))
+
+
+def _report_comparison(summary: dict[str, Any], plot: Path | None) -> None:
+    console = Console()
+    print_comparison(summary, console)
+    if plot is not None:
+        _say_written(
+            console,
+            write_comparison_numbers(summary, plot.with_suffix(".csv")),
+            write_comparison_picture(summary, plot),
+        )
+
+
+def _say_written(console: Console, numbers: Path, picture: Path | None) -> None:
     if picture is None:
         raise UsageError(f"Wrote {numbers}, but the picture needs matplotlib.", f"Install it with: {INSTALL_PLOT}")
     console.print(f"Wrote {picture} and {numbers}", soft_wrap=True, highlight=False)

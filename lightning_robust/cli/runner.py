@@ -9,6 +9,8 @@ from rich.console import Console
 
 from lightning_robust.cli.arguments import Arguments
 from lightning_robust.cli.builder import RecipeCLI
+from lightning_robust.cli.compare import resume_comparison, start_comparison
+from lightning_robust.cli.comparison import Comparison
 from lightning_robust.cli.errors import CommandError, UsageError
 from lightning_robust.cli.folders import CONFIG, SUMMARY, read_summary, write_json
 from lightning_robust.cli.jobs import Job, Plan, baseline_job, main_job, make_plan, words_of
@@ -39,6 +41,8 @@ def run(arguments: Arguments) -> int:
 
 def _start(arguments: Arguments) -> int:
     job = main_job(arguments)
+    if (comparison := Comparison.of(job)) is not None:
+        return start_comparison(comparison, arguments)
     baseline = baseline_job(job)
     first = is_first_process()
     if first:
@@ -77,6 +81,8 @@ def _train_baseline(job: Job, folder: Path, first: bool) -> None:
 def _resume(arguments: Arguments) -> int:
     folder = Path(str(arguments.resume)).resolve()
     summary = read_summary(folder)
+    if "comparison" in summary:
+        return resume_comparison(folder, arguments)
     again = f"lightning-robust run {folder / CONFIG}"
     if summary.get("status") == "complete":
         raise UsageError(f"{folder} is complete; train it anew with: {again}")

@@ -16,10 +16,18 @@ from lightning_robust.cli.builder import RecipeCLI
 from lightning_robust.cli.errors import CommandError
 from lightning_robust.cli.folders import CHECKPOINTS, CONFIG, SUMMARY, write_json, write_text
 from lightning_robust.cli.launch import is_first_process
-from lightning_robust.cli.records import BEST, RESUMABLE, RunLogger, TrainingClock, run_checkpoints
+from lightning_robust.cli.records import BEST, LAST, RESUMABLE, RunLogger, TrainingClock, run_checkpoints
 from lightning_robust.training import StepPipeline
 
-__all__ = ["best_weights", "latest_checkpoint", "load_checkpoint", "refuse_other_classes", "start_summary", "train"]
+__all__ = [
+    "best_weights",
+    "last_weights",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "refuse_other_classes",
+    "start_summary",
+    "train",
+]
 
 
 def start_summary(recipe: str, cli: RecipeCLI, folder: Path, **more: Any) -> dict[str, Any]:
@@ -45,7 +53,15 @@ def start_summary(recipe: str, cli: RecipeCLI, folder: Path, **more: Any) -> dic
     return summary
 
 
-def train(cli: RecipeCLI, folder: Path, summary: dict[str, Any], *, checkpoint: Path | None = None) -> None:
+def train(
+    cli: RecipeCLI,
+    folder: Path,
+    summary: dict[str, Any],
+    *,
+    checkpoint: Path | None = None,
+    whole: Path | None = None,
+    brief: bool = False,
+) -> None:
     """Build and fit; `summary` gets what was found and is written by the first process.
 
     Args:
@@ -53,6 +69,8 @@ def train(cli: RecipeCLI, folder: Path, summary: dict[str, Any], *, checkpoint: 
         folder: The run folder, which exists.
         summary: The run's summary so far.
         checkpoint: Training state to continue from.
+        whole: Folder that a message tells to continue, if this training is a part of something.
+        brief: Leave out the summary of the model, which an earlier training has printed.
 
     Raises:
         CommandError: If something cannot be built, or training stops with an error.
@@ -60,7 +78,7 @@ def train(cli: RecipeCLI, folder: Path, summary: dict[str, Any], *, checkpoint: 
     first = is_first_process()
     clock = TrainingClock()
     step = 0 if checkpoint is None else _steps(checkpoint)
-    _build(cli, folder, clock, step)
+    _build(cli, folder, clock, step, brief)
     if checkpoint is not None:
         refuse_other_classes(cli.model, checkpoint)
     summary["status"] = "running"
@@ -74,20 +92,20 @@ def train(cli: RecipeCLI, folder: Path, summary: dict[str, Any], *, checkpoint: 
         summary["status"] = "stopped" if stopped else "failed"
         if first:
             write_json(folder / SUMMARY, summary)
-        raise _explain(error, folder, stopped) from error
+        raise _explain(error, folder, stopped, whole) from error
     summary.update(_found(cli, clock))
     if first:
         write_json(folder / SUMMARY, summary)
 
 
-def _build(cli: RecipeCLI, folder: Path, clock: TrainingClock, step: int) -> None:
+def _build(cli: RecipeCLI, folder: Path, clock: TrainingClock, step: int, brief: bool) -> None:
     options = cli.config.trainer
     callbacks: list[L.Callback] = [clock]
     if options.enable_checkpointing is not False and not options.fast_dev_run and not options.barebones:
         callbacks += run_checkpoints(folder, cli.config.monitor, cli.config.monitor_mode)
-    cli.build(
-        *callbacks, loggers=[RunLogger(folder, keep_below=step)], default_root_dir=options.default_root_dir or folder
-    )
+    more: dict[str, Any] = {"enable_model_summary": False} if brief else {}
+    root = options.default_root_dir or folder
+    cli.build(*callbacks, loggers=[RunLogger(folder, keep_below=step)], default_root_dir=root, **more)
 
 
 def _found(cli: RecipeCLI, clock: TrainingClock) -> dict[str, Any]:
@@ -107,9 +125,9 @@ def _found(cli: RecipeCLI, clock: TrainingClock) -> dict[str, Any]:
     }
 
 
-def _explain(error: BaseException, folder: Path, stopped: bool) -> CommandError:
-    has_state = latest_checkpoint(folder) is not None
-    onwards = f"Continue with: lightning-robust run --resume {folder}" if has_state else ""
+def _explain(error: BaseException, folder: Path, stopped: bool, whole: Path | None) -> CommandError:
+    has_state = whole is not None or latest_checkpoint(folder) is not None
+    onwards = f"Continue with: lightning-robust run --resume {whole or folder}" if has_state else ""
     if stopped:
         return CommandError("Training was stopped.", onwards)
     trace = folder / "error.txt"
@@ -133,6 +151,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def best_weights(folder: Path) -> Path:
     """Where a run keeps the weights of its best epoch."""
     return folder / CHECKPOINTS / BEST
+
+
+def last_weights(folder: Path) -> Path:
+    """Where a run keeps the state at the end of its last epoch."""
+    return folder / CHECKPOINTS / LAST
 
 
 def _steps(checkpoint: Path) -> int:

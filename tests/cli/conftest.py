@@ -37,7 +37,9 @@ def tiny(own_folder: Path) -> Callable[..., str]:
     """Writes tiny.yaml (or another name) with some keys replaced, and returns its path."""
 
     def write(name: str = "tiny", **parts: object) -> str:
-        Path(f"{name}.yaml").write_text("# Tiny.\n# Cost nothing.\n" + yaml.safe_dump({**TINY, **parts}))
+        Path(f"{name}.yaml").write_text(
+            "# Tiny.\n# Cost nothing.\n" + yaml.safe_dump({**TINY, **parts}, sort_keys=False)
+        )
         return f"{name}.yaml"
 
     return write

@@ -59,6 +59,23 @@ def test_two_processes_that_torchrun_starts(tiny):
     check_folders(finish(TORCHRUN, "--nproc-per-node=2", "--standalone", SCRIPT, "run", recipe, *TWO))
 
 
+@pytest.mark.slow
+def test_a_comparison_in_two_processes(tiny):
+    recipe = tiny("toy", compare={"seeds": [0, 1], "arms": {"plain": {}, "sam": {"methods": METHODS}}})
+    out = finish(SCRIPT, "run", recipe, *TWO)
+    assert out.count("Training plain, seed 0 (1 of 4)") == out.count("Run folder") == 1
+    found = json.loads(Path("runs/toy/1/summary.json").read_text())
+    assert found["status"] == "complete"
+    for arm in ("plain", "sam"):
+        for seed in ("0", "1"):
+            cell = json.loads(Path(f"runs/toy/1/{arm}/{seed}/summary.json").read_text())
+            assert (cell["status"], cell["processes"], cell["steps"]) == ("complete", 2, 2 * 6)
+            assert cell["quantities"] == found["comparison"]["values"][arm][seed]
+    out = finish(SCRIPT, "run", "--resume", "runs/toy/1", "--compare.seeds", "1,2")
+    assert "seed 1" not in out.replace("seeds 1, 2", "")
+    assert out.count("Training plain, seed 2 (3 of 4)") == 1
+
+
 def test_ranks(monkeypatch):
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -5,14 +5,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lightning_robust.cli import main
 from lightning_robust.cli.builder import RecipeCLI
+from lightning_robust.cli.compare import parse_arm
+from lightning_robust.cli.comparison import Comparison
+from lightning_robust.cli.jobs import Job
 from lightning_robust.cli.recipes import bundled_recipes
 from lightning_robust.cli.substitute import BASELINE, fill
 
 RECIPES = bundled_recipes()
-DIGITS = [name for name in RECIPES if name.startswith("digits-")]
+COMPARING = [name for name, recipe in RECIPES.items() if "compare" in recipe.config()]
+ORDINARY = [name for name in RECIPES if name not in COMPARING]
+DIGITS = [name for name in ORDINARY if name.startswith("digits-")]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,7 +34,7 @@ def test_form(name):
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ORDINARY)
 def test_configuration_is_accepted_and_everything_can_be_built(name, tmp_path):
     config = fill(RECIPES[name].config(), {BASELINE: "some.ckpt"})
     classes = CLASSES[name.partition("-")[0]]
@@ -58,6 +64,37 @@ def test_digits_recipes_differ_from_their_baseline_in_the_methods_only(name):
         assert config["baseline"] == "digits-standard"
     for part in ("model", "data", "trainer", "evaluation", "seed_everything", "threads"):
         assert config[part] == standard[part]
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_every_arm_of_a_comparison_can_be_built_and_starts_from_the_same_weights(name):
+    config = RECIPES[name].config()
+    trainer = {**config["trainer"], "accelerator": "cpu"}
+    comparison = Comparison.of(Job(name, {**config, "trainer": trainer}, []))
+    assert len(comparison.seeds) >= 3
+    first = None
+    for arm in comparison.arms:
+        weights = dict(parse_arm(comparison, arm).model.backbone.state_dict())
+        first = weights if first is None else first
+        assert all(torch.equal(weights[key], first[key]) for key in first), arm
+
+
+def test_the_comparisons_have_the_arms_that_they_promise():
+    arms = {name: list(RECIPES[name].config()["compare"]["arms"]) for name in COMPARING}
+    robust = ["ce", "elr", "gce", "nce+rce", "aldr", "logitclip", "sam"]
+    assert arms == {
+        "cifar10-label-noise": robust,
+        "cifar10-ls-vs-maxsup": ["ce", "ls", "maxsup"],
+        "digits-label-noise": robust,
+        "digits-ls-vs-maxsup": ["ce", "ls", "maxsup"],
+    }
+
+
+def test_a_bundled_comparison_works(capsys, own_folder):
+    assert main(["check", "digits-label-noise", "--trainer.accelerator", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{arm} works" in out for arm in RECIPES["digits-label-noise"].config()["compare"]["arms"])
+    assert not os.listdir(own_folder)
 
 
 def test_they_are_found_from_any_folder(own_folder):
