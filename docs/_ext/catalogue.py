@@ -64,7 +64,7 @@ def is_support(item: type) -> bool:
 
 def row(room: str, name: str, item: type) -> dict[str, str]:
     text = inspect.cleandoc(item.__doc__ or "")
-    stage: Any = getattr(item, "stage", None)
+    stage: Any = None if getattr(item, "only_looks", False) else getattr(item, "stage", None)
     papers = dict.fromkeys(PAPER.findall(text))
     return {
         "Class": f"{{py:class}}`~{room}.{name}`",

@@ -31,7 +31,7 @@ def test_every_public_class_shows_an_example() -> None:
 def is_exempt(thing: type) -> bool:
     """Errors, enumerations, records, protocols and what a running fit hands out have nothing to show by themselves."""
     if (
-        issubclass(thing, (BaseException, str))
+        issubclass(thing, (BaseException, str, tuple))
         or dataclasses.is_dataclass(thing)
         or getattr(thing, "_is_protocol", False)
     ):
