@@ -209,7 +209,11 @@ class Target:
         found = torch.zeros_like(like)
         for index, share in self._parts:
             ones = torch.ones_like(index, dtype=like.dtype) if share is None else share.expand(index.shape)
-            found.scatter_add_(1, index.unsqueeze(1), ones.unsqueeze(1))
+            try:
+                found.scatter_add_(1, index.unsqueeze(1), ones.unsqueeze(1))
+            except (IndexError, RuntimeError) as error:
+                self._refuse_no_class(index, like.shape[1], error)
+                raise
         return found
 
     def reduce(self, losses: Tensor, reduction: Reduction) -> Tensor:
@@ -263,12 +267,16 @@ class Target:
         try:
             return values.gather(1, index.unsqueeze(1)).squeeze(1)
         except (IndexError, RuntimeError) as error:
-            bad = (index < 0) | (index >= values.shape[1])
-            if not bool(bad.any()):
-                raise
+            self._refuse_no_class(index, values.shape[1], error)
+            raise
+
+    def _refuse_no_class(self, index: Tensor, classes: int, error: Exception) -> None:
+        """Looked at only after a lookup failed, so that it costs nothing otherwise."""
+        bad = (index < 0) | (index >= classes)
+        if bool(bad.any()):
             raise ValueError(
-                f"Expected labels to be in [0, {values.shape[1] - 1}] for logits of {values.shape[1]} classes, or "
-                f"`ignore_index` = {self._ignore_index}, but got {int(index[bad][0])}."
+                f"Expected labels to be in [0, {classes - 1}] for logits of {classes} classes, or `ignore_index` = "
+                f"{self._ignore_index}, but got {int(index[bad][0])}."
             ) from error
 
 
