@@ -5,7 +5,7 @@ They need torch only, so attacks and plain training loops use the same ones as t
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "buffers_restored", "evaluation_mode", "frozen_modes", "module_devices", "rng_preserved"]
+__all__ = [
+    "RandomState",
+    "TransientHook",
+    "buffers_restored",
+    "evaluation_mode",
+    "frozen_modes",
+    "module_devices",
+    "rng_preserved",
+]
 
 
 @dataclass(frozen=True)
@@ -135,3 +143,31 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
         if tensors:
             with torch.no_grad():
                 torch._foreach_copy_(tensors, saved)
+
+
+class TransientHook:
+    """Base of forward hooks that belong to one module: a copy of the module (an EMA, say) gets one that does nothing.
+
+    Example:
+        >>> import copy
+        >>> class Count(TransientHook):
+        ...     calls = 0
+        ...     def __call__(self, *_):
+        ...         self.calls += 1
+        >>> layer, count = nn.Linear(1, 1), Count()
+        >>> handle = layer.register_forward_hook(count)
+        >>> _ = layer(torch.zeros(1, 1)), copy.deepcopy(layer)(torch.zeros(1, 1))
+        >>> count.calls
+        1
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _hook_of_a_copy, ()
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    return None

@@ -4,13 +4,14 @@
 import fnmatch
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_robust.checks import check_integer
+from lightning_robust.guards import TransientHook
 
 __all__ = ["ACTIVATIONS", "ActivationPatterns", "draw_pairs", "oui"]
 
@@ -180,7 +181,7 @@ class ActivationPatterns:
         return chosen
 
 
-class _Bits:
+class _Bits(TransientHook):
     """The forward hook. A copy of the hooked module (an EMA, say) gets one that does nothing."""
 
     def __init__(self, patterns: ActivationPatterns, name: str) -> None:
@@ -191,14 +192,3 @@ class _Bits:
         rows = self._patterns.rows
         if rows is not None and isinstance(output, Tensor) and len(output) >= self._patterns.least:
             self._patterns._seen[self._name] = output.detach()[rows] > 0
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _forget, ()
-
-
-def _forget() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    return None

@@ -2,12 +2,13 @@
 """Manifold mixup: mixing what goes into a layer instead of what goes into the network."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_robust.guards import TransientHook
 from lightning_robust.mixing.mixture import Mixture, mix_rows
 
 __all__ = ["HiddenMixing"]
@@ -99,7 +100,7 @@ class HiddenMixing:
             self.stop()
 
 
-class _MixInput:
+class _MixInput(TransientHook):
     """The hook of one layer. A copy of the layer gets one that does nothing."""
 
     def __init__(self, owner: HiddenMixing, name: str) -> None:
@@ -129,17 +130,6 @@ class _MixInput:
                 f"The layer {self._name!r} is called with an input of shape {tuple(found.shape)} for a batch of {rows} "
                 "samples, so it is not known which rows to mix; name a layer with one row per sample."
             )
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _forget, ()
-
-
-def _forget() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    return None
 
 
 def _submodule(network: nn.Module, name: str) -> nn.Module:

@@ -2,10 +2,11 @@
 """Finding the penultimate features of a running step in somebody else's module, without a second forward pass."""
 
 import difflib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from lightning_robust.guards import TransientHook
 
 __all__ = ["FeatureCapture", "FeaturesNotCaptured"]
 
@@ -191,7 +192,7 @@ def pooled(value: Any) -> Tensor | None:
     return value.mean(1) if value.ndim == 3 else value.flatten(2).mean(2)
 
 
-class _Remember:
+class _Remember(TransientHook):
     """The forward hook. A copy of the hooked module (an EMA, say) gets one that does nothing."""
 
     def __init__(self, capture: FeatureCapture, name: str) -> None:
@@ -211,9 +212,6 @@ class _Remember:
         if features is not None and logits is not None:
             self._capture._remember(self._name, features, logits)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _forget, ()
-
 
 def _as_logits(output: Any) -> Tensor | None:
     """The output of a layer as ``[B, C]``, also of a convolution that classifies pooled maps; other shapes are none."""
@@ -222,11 +220,3 @@ def _as_logits(output: Any) -> Tensor | None:
     if output.ndim == 4 and output.shape[2:] == (1, 1):
         return output.flatten(1)
     return output if output.ndim == 2 else None
-
-
-def _forget() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    return None

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_robust.guards import TransientHook
+
 __all__ = ["LogitsCapture", "LogitsFunction", "LogitsNotCaptured", "named_submodule"]
 
 
@@ -169,7 +171,7 @@ class LogitsCapture:
             self._seen[name] = logits
 
 
-class _Remember:
+class _Remember(TransientHook):
     """The forward hook. A copy of the hooked module (an EMA, say) gets one that does nothing."""
 
     def __init__(self, capture: LogitsCapture, name: str) -> None:
@@ -178,17 +180,6 @@ class _Remember:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._capture._remember(self._name, output)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _forget, ()
-
-
-def _forget() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    return None
 
 
 class LogitsFunction:
