@@ -131,6 +131,7 @@ class Attack(ABC):
         start: Tensor | None = None,
         towards: Tensor | None = None,
         scale: Tensor | None = None,
+        against: Tensor | Model | None = None,
     ) -> Tensor:
         """Attack a batch.
 
@@ -143,6 +144,8 @@ class Attack(ABC):
             start: the point to start the first run from, used as it is; drawn when ``None``.
             towards: classes ``[B]`` to steer to, while any misclassification of ``y`` is a success.
             scale: multiple ``[B]`` of ``eps`` and the step size for each sample; attacks with ``scales`` take it.
+            against: what ``loss="kl"`` and its kin compare with in place of the model's own clean prediction: logits
+                ``[B, C]``, or a network, which is asked at each point, with its gradient, and runs as it is.
 
         Returns:
             Attacked images, shaped and typed like ``x``.
@@ -152,7 +155,9 @@ class Attack(ABC):
             raise ValueError(f"Expected `start` to have shape {list(x.shape)} but got {list(start.shape)}.")
         if len(x) == 0:
             return x.detach().clone()
-        with self.posed(model, x, y, generator=generator, indices=indices, towards=towards, scale=scale) as problem:
+        with self.posed(
+            model, x, y, generator=generator, indices=indices, towards=towards, scale=scale, against=against
+        ) as problem:
             x_adv = self.solve(problem, start)
         if x_adv.dtype == x.dtype:
             return x_adv
@@ -172,6 +177,7 @@ class Attack(ABC):
         indices: Tensor | None = None,
         towards: Tensor | None = None,
         scale: Tensor | None = None,
+        against: Tensor | Model | None = None,
     ) -> Iterator[Problem]:
         """This attack's problem for a batch, under the conditions that attacks run in; what a call solves.
 
@@ -183,11 +189,16 @@ class Attack(ABC):
             indices: indices in the dataset.
             towards: classes to steer to.
             scale: multiple of the budget per sample.
+            against: what to compare with.
         """
         network, module = unwrap(model)
         draws = self._draws(x, generator, indices)
         with attack_conditions(module, self.mode, x.device, draws):
-            yield self.adopt(self._problem(network, ordinary(x), ordinary(y), draws, towards, scale))
+            problem = self._problem(network, ordinary(x), ordinary(y), draws, towards, scale)
+            if isinstance(against, Tensor):
+                _check_per_image(x, against=against[:, 0] if against.ndim == 2 else against)
+                against = ordinary(against)
+            yield self.adopt(problem if against is None else replace(problem, against=against))
 
     def __repr__(self) -> str:
         arguments = inspect.signature(type(self)).parameters.values()
@@ -235,6 +246,10 @@ class Attack(ABC):
             raise ValueError(
                 f"`towards` steers to a class, which {self!r} cannot do; use loss='ce' or a margin, without targeted."
             )
+        if problem.against is not None and self.loss not in PREDICTION_LOSSES:
+            raise ValueError(
+                f"`against` is what a loss like 'kl' compares with, but {self!r} has loss={self.loss!r}; set 'kl'."
+            )
         changed = replace(
             problem,
             loss=ATTACK_LOSSES[self.loss],
@@ -242,7 +257,7 @@ class Attack(ABC):
             reference=problem.y,
             targeted=self.targeted,
         )
-        return changed.against_own_prediction() if self.loss in PREDICTION_LOSSES else changed
+        return changed.against_prediction() if self.loss in PREDICTION_LOSSES else changed
 
     def solve(self, problem: Problem, start: Tensor | None = None) -> Tensor:
         """The attacked images of a problem of this attack, the best of its restarts.

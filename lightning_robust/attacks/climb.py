@@ -143,7 +143,7 @@ def _look(problem: Problem, x_adv: Tensor, eot: int, *, with_gradient: bool) -> 
             gradient = part if eot == 1 else gradient + part / eot
         else:
             logits = _logits_only(problem, x_adv)
-            losses = problem.losses(logits)
+            losses = problem.losses(logits, x_adv)
         loss = loss + losses / eot
         # what a randomised model predicts is what it predicts in the mean
         probability = logits if eot == 1 else probability + logits.softmax(1)

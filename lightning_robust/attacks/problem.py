@@ -41,6 +41,8 @@ class Problem:
         scale: multiple ``[B]`` of the attack's budget and step for each sample.
         capacity: number of images that are known to fit into one pass: those of the call.
         labels: smallest and largest class of the call, to be compared with the model's; ``None`` if nobody looked.
+        against: logits ``[B, C]`` that take the place of the model's own clean prediction in losses that compare with
+            it, or a network that answers with them at each point, its gradient included; ``None`` for its own.
     """
 
     model: Model
@@ -57,6 +59,7 @@ class Problem:
     scale: Tensor | None = None
     capacity: int = 1
     labels: tuple[int, int] | None = None
+    against: Tensor | Model | None = None
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits in at least float32.
@@ -82,15 +85,39 @@ class Problem:
             )
         return full_precision(logits)
 
-    def against_own_prediction(self) -> "Problem":
-        """The same problem with the model's prediction for the clean images as reference; one forward pass."""
-        return replace(self, reference=self._logits_only(self.x).log_softmax(1))
+    def against_prediction(self) -> "Problem":
+        """The same problem with a prediction as reference: the model's own for the clean images, or what is given.
 
-    def losses(self, logits: Tensor) -> Tensor:
-        """What is maximised, per sample."""
+        The model's own costs one forward pass.
+        """
+        if self.against is None:
+            return replace(self, reference=self._logits_only(self.x).log_softmax(1))
+        if isinstance(self.against, Tensor):
+            return replace(self, reference=full_precision(self.against).log_softmax(1))
+        return self  # asked at each point
+
+    def losses(self, logits: Tensor, x_adv: Tensor | None = None) -> Tensor:
+        """What is maximised, per sample.
+
+        Args:
+            logits: ``[B, C]`` of the model.
+            x_adv: the points that they belong to, which only a network to compare with has to be asked about.
+
+        Raises:
+            ValueError: there is such a network and the points are missing, or it has another number of classes.
+        """
         if self.towards is not None and self.steered is not None:
             return self.steered(logits, labels_of(self.y), self.towards)
-        values = self.loss(logits, self.reference)
+        reference = self.reference
+        if self.against is not None:
+            if not isinstance(self.against, Tensor):
+                reference = self._answer(self.against, x_adv)
+            if reference.shape != logits.shape:
+                raise ValueError(
+                    f"`against` (the teacher, in distillation) has {reference.shape[1]} classes but the model has "
+                    f"{logits.shape[1]}; take a teacher for the model's classes."
+                )
+        values = self.loss(logits, reference)
         return -values if self.targeted else values
 
     def fooled(self, logits: Tensor) -> Tensor:
@@ -106,7 +133,7 @@ class Problem:
         """
         x_adv = x_adv.detach().requires_grad_()
         logits = self.logits(x_adv)
-        losses = self.losses(logits)
+        losses = self.losses(logits, x_adv)
         return self.input_gradient(losses.sum(), x_adv), logits.detach(), losses.detach()
 
     def input_gradient(self, total: Tensor, x_adv: Tensor, *, retain_graph: bool = False) -> Tensor:
@@ -131,7 +158,9 @@ class Problem:
     def judge(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and success of each sample; one forward pass."""
         logits = self._logits_only(x_adv)
-        return self.losses(logits), self.fooled(logits)
+        with torch.no_grad():
+            losses = self.losses(logits, x_adv)
+        return losses, self.fooled(logits)
 
     def select(self, index: Tensor) -> "Problem":
         """The same problem for some of the samples: their numbers, or a mask."""
@@ -144,6 +173,7 @@ class Problem:
             draws=self.draws.select(rows),
             towards=None if self.towards is None else self.towards.index_select(0, rows),
             scale=None if self.scale is None else self.scale.index_select(0, rows),
+            against=self.against.index_select(0, rows) if isinstance(self.against, Tensor) else self.against,
         )
 
     def _logits_only(self, x: Tensor) -> Tensor:
@@ -152,6 +182,14 @@ class Problem:
         # before torch 2.7 autocast may have kept copies of the weights that carry no gradient
         torch.clear_autocast_cache()
         return logits
+
+    def _answer(self, network: Model, x_adv: Tensor | None) -> Tensor:
+        if x_adv is None:
+            raise ValueError(
+                "This attack judges logits apart from their images and cannot ask another network about each point; "
+                "use PGD, or give fixed logits as `against`."
+            )
+        return full_precision(network(x_adv.to(self.dtype))).log_softmax(1)
 
     def _half(self) -> bool:
         kind = self.x.device.type

@@ -156,7 +156,7 @@ class TwoStage(Attack):
         point = area.project(point)
         for step in range(self.steps):
             gradient, logits, _ = self._stage(problem, number, step).gradient(point)
-            seen = Outcome(point, problem.losses(logits), problem.fooled(logits))
+            seen = Outcome(point, problem.losses(logits, point), problem.fooled(logits))
             best.put(left, best.rows(left).or_better(seen, by_loss=False))
             if seen.fooled.any():
                 kept = (~seen.fooled).nonzero().squeeze(1)

@@ -25,13 +25,16 @@ from lightning_robust.data.image_folder import ImageFolderDataModule
 from lightning_robust.data.label_noise import NOISE_KINDS, NoiseKind, RelabelledImages, noisy_labels
 from lightning_robust.data.loader import ResumableDataLoader
 from lightning_robust.data.oko_sampler import OKOSampler
+from lightning_robust.data.partial_labels import NO_LABEL, LabelledAndUnlabelled, PartialLabels
 from lightning_robust.data.samplers import EpochSampler, EvalSampler
+from lightning_robust.data.seeded_views import SeededViews, ViewSampler
 from lightning_robust.data.split import stratified_split
 from lightning_robust.data.torchvision_data import TorchvisionDataModule
 
 __all__ = [
     "AUGMENTATIONS",
     "NOISE_KINDS",
+    "NO_LABEL",
     "ArrayDataModule",
     "ArrayImages",
     "Augmentation",
@@ -43,12 +46,16 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "ImageView",
+    "LabelledAndUnlabelled",
     "LabelledImages",
     "NoiseKind",
     "OKOSampler",
+    "PartialLabels",
     "RelabelledImages",
     "ResumableDataLoader",
+    "SeededViews",
     "TorchvisionDataModule",
+    "ViewSampler",
     "as_images",
     "as_labels",
     "augmentation",

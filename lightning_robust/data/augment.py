@@ -18,7 +18,15 @@ from lightning_robust.data.cutout import Cutout
 from lightning_robust.guards import rng_preserved
 from lightning_robust.training import derive_seed
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "AugmentedView", "ImageView", "LabelledImages", "augmentation"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
+    "AugmentedView",
+    "ImageView",
+    "LabelledImages",
+    "augmentation",
+    "seeded_draws",
+]
 
 Augmentation = Literal["none", "shift", "crop-flip", "randaugment", "trivialaugment", "cutout"]
 AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
@@ -165,12 +173,18 @@ class AugmentedView(ImageView):
     def transformed(self, image: Tensor, index: int) -> Tensor:
         if self.transform is None:
             return image
-        with _seeded(derive_seed(self.seed, self.epoch, index, "augment"), self.seed_all):
+        with seeded_draws(derive_seed(self.seed, self.epoch, index, "augment"), seed_all=self.seed_all):
             return super().transformed(image, index)
 
 
 @contextmanager
-def _seeded(seed: int, seed_all: bool) -> Iterator[None]:
+def seeded_draws(seed: int, *, seed_all: bool = False) -> Iterator[None]:
+    """Let the body draw from a seeded CPU generator; the generators stand afterwards where they stood before.
+
+    Args:
+        seed: the seed.
+        seed_all: seed Python's and NumPy's generators as well as torch's.
+    """
     if seed_all:
         with rng_preserved():
             random.seed(seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_robust.checks import check_choice, check_in_range, check_integer
@@ -22,6 +22,7 @@ from lightning_robust.data.augment import (
 from lightning_robust.data.label_noise import NOISE_KINDS, NoiseKind, RelabelledImages, noisy_labels
 from lightning_robust.data.loader import ResumableDataLoader
 from lightning_robust.data.samplers import EpochSampler, EvalSampler
+from lightning_robust.data.seeded_views import SeededViews, ViewSampler
 from lightning_robust.data.split import stratified_split
 
 __all__ = ["ImageDataModule"]
@@ -51,6 +52,9 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: loading processes; images in memory need none.
         augment: "none", "shift", "crop-flip", "randaugment", "trivialaugment" or "cutout", applied to training images.
         train_transform: an augmentation of your own instead, image tensor in and out.
+        augment_variants: number of augmented variants of each image, so that epoch ``e`` repeats epoch
+            ``e % augment_variants`` and a teacher's answers about them can be stored (:class:`SeededViews`); new
+            ones in every epoch when ``None``.
         val_fraction: part of each training class that is held out for validation; 0 means no validation.
         split_seed: seed of that split, apart from ``seed`` so that repeated runs validate on the same images.
         train_fraction: part of each class that is trained on, of what the validation leaves; also chosen by
@@ -80,6 +84,7 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: int = 0,
         augment: Augmentation = "none",
         train_transform: Callable[[Any], Any] | None = None,
+        augment_variants: int | None = None,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         train_fraction: float = 1.0,
@@ -93,6 +98,8 @@ class ImageDataModule(L.LightningDataModule):
         check_integer("batch_size", batch_size, 1)
         check_integer("num_workers", num_workers, 0)
         check_choice("augment", augment, AUGMENTATIONS)
+        if augment_variants is not None:
+            check_integer("augment_variants", augment_variants, 1)
         check_in_range("val_fraction", val_fraction, 0.0, 0.9)
         check_integer("split_seed", split_seed, 0)
         check_in_range("train_fraction", train_fraction, 0.0, 1.0)
@@ -105,6 +112,7 @@ class ImageDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.augment: Augmentation = augment
         self.train_transform = train_transform
+        self.augment_variants = augment_variants
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         self.train_fraction = train_fraction
@@ -153,9 +161,14 @@ class ImageDataModule(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:
-        dataset = self._loaded(self.train_set, "fit")
         replicas, rank = self._processes()
-        sampler = EpochSampler(dataset, seed=self._seed(), num_replicas=replicas, rank=rank)
+        dataset: Dataset[Any]
+        if self.augment_variants is None:
+            dataset = images = self._loaded(self.train_set, "fit")
+            sampler = EpochSampler(images, seed=self._seed(), num_replicas=replicas, rank=rank)
+        else:
+            dataset = views = self.train_views()
+            sampler = ViewSampler(views, seed=self._seed(), num_replicas=replicas, rank=rank)
         loader = ResumableDataLoader(
             dataset,
             self.batch_size,
@@ -189,6 +202,14 @@ class ImageDataModule(L.LightningDataModule):
         """The training images once and in order, without augmentation, with the labels that are trained on."""
         trained = self._loaded(self.train_set, "fit")
         return self._eval_loader(ImageView(trained.dataset, trained.indices, self.eval_transform()))
+
+    def train_views(self) -> SeededViews:
+        """All :attr:`augment_variants` variants of the training images, as they are trained on."""
+        if self.augment_variants is None:
+            raise ValueError(
+                f"{type(self).__name__} augments anew in every epoch; set `augment_variants` to repeat some."
+            )
+        return SeededViews(self._loaded(self.train_set, "fit"), variants=self.augment_variants)
 
     def true_train_labels(self) -> Tensor:
         """The true label of each training image, in the order of the training set, whatever :attr:`label_noise` is."""

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classic knowledge distillation: match the softened class probabilities of a teacher."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_robust.checks import check_positive
-from lightning_robust.distillation.losses import DistillationLoss
+from lightning_robust.checks import check_choice, check_positive
+from lightning_robust.distillation.losses import SampleDistillationLoss, check_shapes
 from lightning_robust.losses import autocast_off, full_precision
 
 __all__ = ["KD", "kd_loss"]
 
 
 def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, *, temperature_squared: bool = True
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    temperature_squared: bool = True,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student from the teacher at a temperature.
 
@@ -30,9 +35,10 @@ def kd_loss(
         teacher_logits: Scores ``t`` of the teacher, of the same shape.
         temperature: Temperature ``T`` of both softmaxes.
         temperature_squared: Multiply by ``T^2``, which keeps the gradient's size when ``T`` changes.
+        reduction: ``"mean"``, or ``"none"`` for one value per sample.
 
     Shape:
-        A scalar; float32, or float64 for float64 logits.
+        A scalar, or ``[B, ...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
 
     Raises:
         ValueError: If the shapes differ or the temperature is not positive.
@@ -47,20 +53,20 @@ def kd_loss(
         tensor(0.3278)
     """
     check_positive("temperature", temperature)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"Expected `teacher_logits` of the student's shape {tuple(student_logits.shape)} but got "
-            f"{tuple(teacher_logits.shape)}."
-        )
+    check_choice("reduction", reduction, ("mean", "none"))
+    check_shapes(student_logits, teacher_logits)
     with autocast_off(student_logits):
         log_p = (full_precision(student_logits) / temperature).log_softmax(1)
         log_q = (full_precision(teacher_logits) / temperature).log_softmax(1)
-        positions = log_p.numel() // max(log_p.shape[1], 1)
-        divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True) / positions
+        if reduction == "none":
+            divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
+        else:
+            positions = max(log_p.numel() // max(log_p.shape[1], 1), 1)
+            divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True) / positions
     return divergence * temperature**2 if temperature_squared else divergence
 
 
-class KD(DistillationLoss):
+class KD(SampleDistillationLoss):
     r"""Knowledge distillation: :math:`T^2` times the divergence between softened class probabilities.
 
     Runs on the logits of the training step; costs two passes over the logits, besides the teacher's forward pass.
@@ -96,11 +102,15 @@ class KD(DistillationLoss):
 
     @override
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        return self._loss(student_logits, teacher_logits.detach(), "mean")
+
+    @override
+    def sample_losses(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        return self._loss(student_logits, teacher_logits, "none")
+
+    def _loss(self, student: Tensor, teacher: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
         return kd_loss(
-            student_logits,
-            teacher_logits.detach(),
-            self.temperature,
-            temperature_squared=self.temperature_squared,
+            student, teacher, self.temperature, temperature_squared=self.temperature_squared, reduction=reduction
         )
 
     @override

@@ -21,6 +21,7 @@ from lightning_robust.losses.ldr import ALDRKL, LDRKL, adapted_lambda, ldr_loss,
 from lightning_robust.losses.logit_clip import LogitClip, clip_logits
 from lightning_robust.losses.logit_norm import LogitNorm, normalized_logits
 from lightning_robust.losses.logit_penalty import LogitPenalty, logit_norm_penalty
+from lightning_robust.losses.margin_bias import MarginBias
 from lightning_robust.losses.margin_penalty import CALS, MbLS, margin_penalty
 from lightning_robust.losses.maxsup import MaxSup, maxsup_penalty
 from lightning_robust.losses.mmce import MMCE, mmce, weighted_mmce
@@ -30,6 +31,7 @@ from lightning_robust.losses.online_label_smoothing import OnlineLabelSmoothing
 from lightning_robust.losses.poly import PolyLoss, poly_loss
 from lightning_robust.losses.precision import autocast_off, full_precision
 from lightning_robust.losses.probability_distance import probability_distance
+from lightning_robust.losses.ps_kd import PSKD, pskd_targets
 from lightning_robust.losses.regularizers import LogitRegularizer
 from lightning_robust.losses.smoothing import label_smoothing_of
 from lightning_robust.losses.soft_ece import SoftECE, soft_binned_ece
@@ -63,6 +65,7 @@ __all__ = [
     "NFL",
     "NGCE",
     "OKO",
+    "PSKD",
     "RCE",
     "SCE",
     "ActivePassive",
@@ -83,6 +86,7 @@ __all__ = [
     "LogitNorm",
     "LogitPenalty",
     "LogitRegularizer",
+    "MarginBias",
     "MaxSup",
     "MbLS",
     "MixedTarget",
@@ -136,6 +140,7 @@ __all__ = [
     "oko_loss",
     "poly_loss",
     "probability_distance",
+    "pskd_targets",
     "rce_loss",
     "soft_binned_ece",
     "sparsemax",

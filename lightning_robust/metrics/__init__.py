@@ -18,6 +18,7 @@ from lightning_robust.metrics.calibration import (
 from lightning_robust.metrics.class_separation import ClassSeparation, Separation, class_separation
 from lightning_robust.metrics.effective_rank import EffectiveRank, Ranks, effective_rank, stable_rank
 from lightning_robust.metrics.feature_sums import FeatureAccumulator, FeatureSums, feature_sums
+from lightning_robust.metrics.negative_flips import FlipCounts, NegativeFlipRate, RelativeNegativeFlipRate
 from lightning_robust.metrics.neural_collapse import (
     Collapse,
     NeuralCollapse,
@@ -52,10 +53,13 @@ __all__ = [
     "ExcessAURC",
     "FeatureAccumulator",
     "FeatureSums",
+    "FlipCounts",
     "MarginTable",
+    "NegativeFlipRate",
     "NegativeLogLikelihood",
     "NeuralCollapse",
     "Ranks",
+    "RelativeNegativeFlipRate",
     "ReliabilityTable",
     "RiskCoverage",
     "SelectiveAccumulator",

@@ -38,13 +38,14 @@ default_cfgs = generate_default_cfgs(
         "preact_resnet18": _cfg("stem.conv", "head.fc"),
         "resnet18_cifar": _cfg("conv1", "fc"),
         "resnet20_cifar": _cfg("conv1", "fc"),
+        "resnet56_cifar": _cfg("conv1", "fc"),
         "resnet8_cifar": _cfg("conv1", "fc"),
         "wide_resnet28_10": _cfg("stem.conv", "head.fc"),
         "wide_resnet34_10": _cfg("stem.conv", "head.fc"),
     }
 )
 
-_THREE_STAGES = ("resnet8_cifar", "resnet20_cifar", "wide_resnet28_10", "wide_resnet34_10")
+_THREE_STAGES = ("resnet8_cifar", "resnet20_cifar", "resnet56_cifar", "wide_resnet28_10", "wide_resnet34_10")
 
 
 @register_model
@@ -57,6 +58,12 @@ def resnet8_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20 for CIFAR (0.27 M parameters), arXiv:1512.03385."""
     return _build(CifarResNet, "resnet20_cifar", pretrained, blocks=3, **kwargs)
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-56 for CIFAR (0.85 M parameters), arXiv:1512.03385."""
+    return _build(CifarResNet, "resnet56_cifar", pretrained, blocks=9, **kwargs)
 
 
 @register_model

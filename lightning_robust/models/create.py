@@ -19,8 +19,9 @@ def create_backbone(
 ) -> nn.Module:
     """Create a timm model by name, or return a module as it is.
 
-    Besides timm's own models there are ``resnet8_cifar``, ``resnet20_cifar``, ``resnet18_cifar``,
-    ``preact_resnet18``, ``wide_resnet28_10``, ``wide_resnet34_10`` and ``mobilenetv2_cifar`` for small images.
+    Besides timm's own models there are ``resnet8_cifar``, ``resnet20_cifar``, ``resnet56_cifar``,
+    ``resnet18_cifar``, ``preact_resnet18``, ``wide_resnet28_10``, ``wide_resnet34_10`` and ``mobilenetv2_cifar`` for
+    small images.
 
     Args:
         backbone: a timm name, or a module that maps images to logits.

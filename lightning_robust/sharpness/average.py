@@ -32,6 +32,7 @@ class WeightAverage:
     Args:
         module: The network; copied without what ``torch.compile`` made of it. Datasets that it holds are shared.
         decay: ``d``.
+        without: A part of the network that the copy leaves out, an objective that holds this average say.
 
     Raises:
         ValueError: ``decay`` is not in [0, 1]; or a state of another network is loaded.
@@ -48,10 +49,10 @@ class WeightAverage:
         True
     """
 
-    def __init__(self, module: nn.Module, *, decay: float = 0.9998) -> None:
+    def __init__(self, module: nn.Module, *, decay: float = 0.9998, without: nn.Module | None = None) -> None:
         check_in_range("decay", decay, 0.0, 1.0)
         self.decay = decay
-        self.module = _independent_copy(module)
+        self.module = _independent_copy(module, without)
         self._update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         tensors = _tensors(self.module)
         self._shown = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
@@ -143,10 +144,12 @@ def _master(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _independent_copy(module: nn.Module) -> nn.Module:
+def _independent_copy(module: nn.Module, without: nn.Module | None) -> nn.Module:
     shared: dict[int, Any] = {
         id(value): value for value in vars(module).values() if isinstance(value, Dataset | DataLoader)
     }
+    if without is not None:
+        shared[id(without)] = nn.Identity()
     try:
         copied = copy.deepcopy(module, shared)
     except (RuntimeError, TypeError) as error:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_robust.distillation import Teacher, build_teacher
+from lightning_robust.distillation import Teacher, TeacherSource, build_teacher
 from lightning_robust.losses import CrossEntropy
 from lightning_robust.models import ImageClassifier
 
@@ -176,7 +176,10 @@ def test_a_checkpoint_of_ours_knows_its_architecture_and_normalisation(tmp_path,
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"num_classes": 10}, "was trained with `num_classes` = 7 but 10 was asked for; leave out `num_classes`"),
+        (
+            {"num_classes": 10},
+            "was trained with `num_classes` = 7 but 10 was asked for; take another teacher, or leave out",
+        ),
         ({"in_chans": 3}, "was trained with `in_chans` = 1 but 3 was asked for"),
         ({"backbone": "resnet18"}, "was trained with `backbone` = 'resnet8_cifar' but 'resnet18' was asked for"),
     ],
@@ -239,6 +242,24 @@ def test_refuses_a_broken_safetensors_file(tmp_path):
 def test_refuses_a_file_without_weights(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         build_teacher(save(content, tmp_path / "a.pt"), backbone=BACKBONE)
+
+
+@pytest.mark.parametrize(
+    ("source", "asked", "message"),
+    [
+        (nn.Linear(4, 3), {"backbone": BACKBONE}, "is a network already, so `backbone` would be ignored; leave it out"),
+        (nn.Linear(4, 3), {"in_chans": 1}, "is a network already, so `in_chans` would be ignored"),
+        (Teacher(nn.Linear(4, 3)), {"num_classes": 7}, "is a network already, so `num_classes` would be ignored"),
+        ("a.pt", {"backbone": BACKBONE, "pretrained": True}, "is a file, so `pretrained` would be ignored"),
+        (f"timm:{BACKBONE}", {"prefix": "net"}, "is a timm model, so `prefix` would be ignored"),
+    ],
+    ids=["module-backbone", "module-channels", "teacher-classes", "file-pretrained", "timm-prefix"],
+)
+def test_refuses_options_that_nothing_would_read(source, asked, message):
+    with pytest.raises(ValueError, match=f"The tutor {message}"):
+        build_teacher(source, **asked, name="tutor")
+    with pytest.raises(ValueError, match=f"The tutor {message}"):
+        TeacherSource(source, **asked).build("tutor")
 
 
 def test_refuses_other_objects():

@@ -120,7 +120,7 @@ def test_the_fingerprint_is_of_the_weights_as_given():
     teacher = Teacher(network())
     before = teacher.fingerprint
     assert teacher.to(dtype=torch.bfloat16).fingerprint == before
-    assert teacher.manifest() == {"source": "Sequential", "fingerprint": before}
+    assert teacher.manifest() == {"source": "Sequential", "fingerprint": before, "dtype": "run"}
 
 
 def test_is_no_module_and_can_be_pickled():

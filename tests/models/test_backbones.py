@@ -10,6 +10,7 @@ from lightning_robust.models import CifarResNet, backbones
 PARAMETERS = {
     "resnet8_cifar": 75_290,
     "resnet20_cifar": 269_722,
+    "resnet56_cifar": 853_018,
     "resnet18_cifar": 11_173_962,
     "preact_resnet18": 11_172_170,
     "wide_resnet28_10": 36_479_194,

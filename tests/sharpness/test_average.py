@@ -145,3 +145,13 @@ def test_refused():
     with pytest.raises(TypeError, match="Sequential cannot be copied"):
         WeightAverage(net)
     WeightAverage(nn.Identity()).update(nn.Identity())
+
+
+def test_a_part_may_be_left_out():
+    net = network()
+    net.add_module("guest", nn.Linear(2, 2))
+    average = WeightAverage(net, without=net.guest)
+    assert set(average.state_dict()) == {name for name in net.state_dict() if not name.startswith("guest")}
+    assert net.guest.weight.requires_grad
+    step(net)
+    average.update(net)
