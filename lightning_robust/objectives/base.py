@@ -4,7 +4,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,38 @@ from typing_extensions import override
 from lightning_robust.attacks import Attack
 from lightning_robust.attacks.conditions import Model
 
-__all__ = ["AttackedObjective", "Objective", "ObjectiveOutput", "Prepared", "Total"]
+__all__ = ["AttackedObjective", "Objective", "ObjectiveOutput", "Prepared", "Running", "Total"]
 
 #: The sum of a tensor over all processes; the tensor itself in a plain loop.
 Total = Callable[[Tensor], Tensor]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The sum over one process."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the running batch stands in the training; the defaults fit a plain loop on one process.
+
+    Args:
+        counted: whether this evaluation counts; that of a sharpness-aware ascent, for one, does not.
+        first: whether the batch is the first of those whose gradients one optimizer step accumulates.
+        last: whether it is the last of them.
+        step: optimizer steps done so far.
+        max_steps: optimizer steps of the run; -1 if unknown.
+        index: positions of the samples in the training set ``[B]``, for an objective that needs them.
+        total: sum over processes; all of them have to call it equally often.
+    """
+
+    counted: bool = True
+    first: bool = True
+    last: bool = True
+    step: int = 0
+    max_steps: int = -1
+    index: Tensor | None = None
+    total: Total = _alone
 
 
 @dataclass(frozen=True)
@@ -61,16 +88,40 @@ class Objective(nn.Module, ABC):
     example at the weights that a sharpness-aware method perturbs. State that has to survive a restart belongs in
     buffers.
 
-    An objective that changes during training says so in :meth:`epoch_starts`, :meth:`batch_ends` and
-    :meth:`epoch_ends`, which do nothing by default. :class:`~lightning_robust.callbacks.ObjectiveTraining` calls them;
-    a plain loop calls those that the objective overrides, with ``total=lambda tensor: tensor`` on one process.
+    An objective that changes during training says so in :meth:`epoch_starts`, :meth:`batch_ends`, :meth:`step_ends` and
+    :meth:`epoch_ends`, which do nothing by default, and reads off :attr:`running` where in the training it is.
+    :class:`~lightning_robust.callbacks.ObjectiveTraining` calls and sets them; a plain loop calls those that the
+    objective overrides, with ``total=lambda tensor: tensor`` on one process.
 
     Shape:
         Images are ``[B, ...]``, targets ``[B]`` or ``[B, C]``, logits ``[B, C]``.
     """
 
     #: Whether :meth:`prepare` attacks the images; such an objective must get clean ones.
-    attacks: ClassVar[bool] = False
+    attacks: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Where in the training the batch stands that is prepared or evaluated.
+        self.running = Running()
+
+    @property
+    def recording(self) -> bool:
+        """Whether an evaluation may change what the objective remembers: in training mode, in a pass that counts."""
+        return self.training and self.running.counted
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether the positions of samples in the training set have to be known."""
+        return False
+
+    def ready(self, num_classes: int | None = None, in_chans: int | None = None) -> None:
+        """Read files and refuse what cannot work, before a fit.
+
+        Args:
+            num_classes: classes of the model, if known.
+            in_chans: channels of its inputs, if known.
+        """
 
     @abstractmethod
     def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
@@ -99,6 +150,14 @@ class Objective(nn.Module, ABC):
             total: sum over processes; all of them have to call it equally often.
         """
 
+    def step_ends(self, model: Model, total: Total) -> None:
+        """After each step of the optimizer.
+
+        Args:
+            model: maps images to logits, at the new weights.
+            total: sum over processes; all of them have to call it equally often.
+        """
+
     def epoch_ends(self, epoch: int, total: Total) -> None:
         """After the last batch of an epoch.
 
@@ -107,8 +166,11 @@ class Objective(nn.Module, ABC):
             total: sum over processes; all of them have to call it equally often.
         """
 
+    def fit_ends(self) -> None:
+        """Let go of the model, after a fit and after an exception in one."""
+
     def passes(self, inner: float) -> float:
-        """Forward+backward passes of a training step with this objective.
+        """Forward+backward passes of the model in a training step with this objective; teachers are not counted.
 
         Args:
             inner: how often the loss is evaluated; 1 in a plain step.
@@ -132,7 +194,7 @@ class AttackedObjective(Objective):
         attack: finds the attacked images.
     """
 
-    attacks: ClassVar[bool] = True
+    attacks: bool = True
 
     def __init__(self, attack: Attack) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """HAT: TRADES with helper examples beyond the attacked images, labelled by a standard model."""
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +10,15 @@ from typing_extensions import override
 from lightning_robust.attacks import PGD, Attack
 from lightning_robust.attacks.conditions import Model
 from lightning_robust.checks import check_choice, check_non_negative
-from lightning_robust.distillation import Network, Teacher, build_teacher
+from lightning_robust.distillation import Source
 from lightning_robust.losses import cross_entropy, full_precision
-from lightning_robust.objectives.base import AttackedObjective, ObjectiveOutput, Prepared
+from lightning_robust.objectives.base import ObjectiveOutput, Prepared
+from lightning_robust.objectives.taught import TaughtObjective
 from lightning_robust.objectives.terms import divergences
 
 __all__ = ["HAT", "hat_loss"]
+
+_TEACHER = "standard model"
 
 
 def hat_loss(
@@ -66,7 +68,7 @@ def _parts(
     return natural, robust, cross_entropy(helper, helper_target, reduction="none")
 
 
-class HAT(AttackedObjective):
+class HAT(TaughtObjective):
     r"""Helper-based adversarial training: TRADES that also looks past the attacked images.
 
     .. math:: \mathrm{CE}(f(x), y) + \beta\, \mathrm{KL}\big(f(x) \,\|\, f(x')\big)
@@ -78,25 +80,21 @@ class HAT(AttackedObjective):
 
     The standard model is frozen and lies outside the module tree: no optimizer, weight average or checkpoint holds it
     (a checkpoint has its fingerprint, and training refuses to resume with another one). It sees the same images as the
-    model. A file is read in the first training step; evaluating needs none.
+    model. A file is read when a fit is set up; evaluating needs none.
 
     Cost: with 10 attack steps 11 forwards and 10 input-backwards for the attack, then 3 forwards and backwards, and one
     forward of the standard model.
 
     Args:
-        teacher: the standard model: a network, which is copied; a :class:`~lightning_robust.distillation.Teacher`; the
-            path of a file with weights, such as a checkpoint of ``ImageClassifier``; or the name of a timm model.
+        teacher: the standard model: a network, which is copied; the path of a file with weights, such as a checkpoint
+            of ``ImageClassifier``; the name of a timm model; or one of these with options, as a
+            :class:`~lightning_robust.distillation.TeacherSource`.
         beta: weight of the divergence; 2.5 in the paper.
         gamma: weight of the helper examples; 0.5 in the paper.
         distance: how far ``h`` the helper examples lie; 2 in the paper.
         attack: finds the attacked images; when ``None``
             ``PGD(eps=8/255, step_size=2/255, steps=10, loss="kl", random_start="normal")``.
         forwards: ``"separate"``: clean, attacked, helper; ``"joint"``: all in one batch, which matters for BatchNorm.
-        backbone: name of the timm model whose weights the file holds; a checkpoint of ``ImageClassifier`` knows it.
-        num_classes: number of classes of a timm model.
-        in_chans: number of input channels of a timm model.
-        pretrained: download the published weights of the timm model.
-        prefix: what the names of the weights in the file carry in front; found by itself when ``None``.
 
     Shape:
         Images are ``[B, ...]``, targets ``[B]`` or ``[B, C]``.
@@ -120,23 +118,19 @@ class HAT(AttackedObjective):
 
     def __init__(
         self,
-        teacher: str | Path | Network | Teacher,
+        teacher: Source,
         *,
         beta: float = 2.5,
         gamma: float = 0.5,
         distance: float = 2.0,
         attack: Attack | None = None,
         forwards: Literal["separate", "joint"] = "separate",
-        backbone: str | None = None,
-        num_classes: int | None = None,
-        in_chans: int | None = None,
-        pretrained: bool = False,
-        prefix: str | None = None,
     ) -> None:
         super().__init__(
             PGD(eps=8 / 255, step_size=2 / 255, steps=10, loss="kl", random_start="normal")
             if attack is None
-            else attack
+            else attack,
+            {_TEACHER: teacher},
         )
         check_non_negative("beta", beta)
         check_non_negative("gamma", gamma)
@@ -146,43 +140,13 @@ class HAT(AttackedObjective):
         self.gamma = gamma
         self.distance = distance
         self.forwards = forwards
-        self._options: dict[str, Any] = {
-            "backbone": backbone,
-            "num_classes": num_classes,
-            "in_chans": in_chans,
-            "pretrained": pretrained,
-            "prefix": prefix,
-        }
-        self._recorded: dict[str, str] = {}  # what the checkpoint says about its standard model
-        self._source: str | Path | None = teacher if isinstance(teacher, str | Path) else None
-        # a file is read in the first step, so that evaluating needs none
-        self._teacher = None if isinstance(teacher, str | Path) else self._build(teacher)
-
-    @property
-    def teacher(self) -> Teacher:
-        """The standard model, which is built if it is not yet."""
-        if self._teacher is None:
-            assert self._source is not None, "only sources wait"
-            self._teacher = self._build(self._source)
-        recorded = self._recorded.get("fingerprint", self._teacher.fingerprint)
-        if recorded != self._teacher.fingerprint:
-            raise ValueError(
-                f"The checkpoint was trained with the standard model {self._recorded['source']} (fingerprint "
-                f"{recorded}) but HAT has {self._teacher.source} ({self._teacher.fingerprint}); resume with the same "
-                "one, or start anew from the weights."
-            )
-        return self._teacher
-
-    def _build(self, source: str | Path | Network | Teacher) -> Teacher:
-        return build_teacher(source, name="standard model", **self._options)
 
     @override
     def prepare(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Prepared:
-        teacher = self.teacher  # built before the attack, so that a missing file is refused at once
+        self.teachers.build()  # before the attack, so that a missing file is refused at once
         x_adv = self.current_attack(model, x, y, generator=generator)
         helper = torch.lerp(full_precision(x.detach()), full_precision(x_adv), self.distance).to(x.dtype)
-        _follow(teacher, x_adv)
-        return Prepared(x, y, x_adv, {"helper": helper, "helper_logits": teacher(x_adv)})
+        return Prepared(x, y, x_adv, {"helper": helper, "helper_logits": self.ask(_TEACHER, x_adv)})
 
     @override
     def forward(self, model: Model, prepared: Prepared) -> ObjectiveOutput:
@@ -193,11 +157,7 @@ class HAT(AttackedObjective):
         else:
             clean, adv, helped = (model(each) for each in images)
         standard = prepared.extra["helper_logits"]
-        if standard.shape[1] != helped.shape[1]:
-            raise ValueError(
-                f"The standard model of HAT has {standard.shape[1]} classes but the model has {helped.shape[1]}; take "
-                "one for the model's classes."
-            )
+        self.check_classes(_TEACHER, standard, helped)
         natural, robust, helper = _parts(clean, adv, helped, prepared.y, standard.argmax(1))
         samples = natural + self.beta * robust + self.gamma * helper
         parts = {"natural": natural, "robust": robust, "helper": helper}
@@ -209,27 +169,8 @@ class HAT(AttackedObjective):
         return self.attack.passes + inner * 3
 
     @override
-    def get_extra_state(self) -> dict[str, str]:
-        """The fingerprint of the standard model; a checkpoint holds no more of it."""
-        return self._recorded if self._teacher is None else self._teacher.manifest()
-
-    @override
-    def set_extra_state(self, state: dict[str, str]) -> None:
-        """Remember the fingerprint, which is compared when training goes on."""
-        self._recorded = dict(state)
-
-    @override
     def extra_repr(self) -> str:
-        source = self._source if self._teacher is None else self._teacher.source
         return (
-            f"{str(source)!r}, beta={self.beta}, gamma={self.gamma}, distance={self.distance}, "
+            f"{self.teachers!r}, beta={self.beta}, gamma={self.gamma}, distance={self.distance}, "
             f"attack={self.attack!r}, forwards={self.forwards!r}"
         )
-
-
-def _follow(teacher: Teacher, images: Tensor) -> None:
-    """Put the teacher where the images are, and in their precision."""
-    for weight in teacher.network.parameters():
-        if weight.is_floating_point() and (weight.device, weight.dtype) != (images.device, images.dtype):
-            teacher.to(images.device, images.dtype)
-        return

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from support.attacked import SIZE, CountingNet, differences, images, snapshot
-from support.objectives import NAMES, build
+from support.objectives import NAMES, SAME_ARCHITECTURE, build
 
 
 class Extreme(nn.Module):
@@ -25,14 +25,15 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def objective_for(name, x, classes=4):
+def objective_for(name, x, classes=4, student=None):
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return build(name, CountingNet(classes).to(x.dtype), classes)
+        other = CountingNet(classes).to(x.dtype)
+        return build(name, student if name in SAME_ARCHITECTURE and student is not None else other, classes)
 
 
 def evaluate(name, net, x, y, classes=4):
-    objective = objective_for(name, x, classes)
+    objective = objective_for(name, x, classes, net)
     return objective(net, objective.prepare(net, x, y, generator=seeded()))
 
 

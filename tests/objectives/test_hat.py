@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_robust.attacks import PGD
-from lightning_robust.distillation import Teacher
+from lightning_robust.distillation import Teacher, TeacherSource
 from lightning_robust.models import ImageClassifier
 from lightning_robust.objectives import HAT, hat_loss
 from support.attacked import CountingNet, images
@@ -94,7 +94,9 @@ def test_standard_model_is_a_copy_outside_the_module_tree(net, standard):
     assert all(torch.equal(value, before[name]) for name, value in standard.state_dict().items())
     assert list(objective.parameters()) == list(objective.buffers()) == []
     assert set(objective.state_dict()) == {"_extra_state"}
-    assert objective.state_dict()["_extra_state"] == objective.teacher.manifest()
+    assert objective.state_dict()["_extra_state"] == {
+        "standard model": objective.teachers.teacher("standard model").manifest()
+    }
 
 
 def test_checkpoint_of_an_image_classifier(checkpoint):
@@ -111,7 +113,7 @@ def test_checkpoint_of_an_image_classifier(checkpoint):
 
 def test_name_of_a_timm_model():
     x, y = images()
-    objective = HAT("timm:resnet8_cifar", num_classes=4, attack=PGD(**ATTACK))
+    objective = HAT(TeacherSource("timm:resnet8_cifar", num_classes=4), attack=PGD(**ATTACK))
     with pytest.warns(UserWarning, match=r"The standard model timm:resnet8_cifar has random weights"):
         prepared = objective.prepare(CountingNet(), x, y)
     assert prepared.extra["helper_logits"].shape == (8, 4)
@@ -130,11 +132,11 @@ def test_a_file_is_read_in_the_first_step_only(tmp_path):
 def test_standard_model_follows_the_images(dtype):
     x, y = images(dtype=dtype)
     objective = HAT(CountingNet(), attack=PGD(**ATTACK))
-    fingerprint = objective.teacher.fingerprint
+    fingerprint = objective.teachers.teacher("standard model").fingerprint
     output = objective(CountingNet().to(dtype), objective.prepare(CountingNet().to(dtype), x, y))
     assert output.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert bool(output.loss.isfinite())
-    assert objective.teacher.fingerprint == fingerprint
+    assert objective.teachers.teacher("standard model").fingerprint == fingerprint
 
 
 def test_another_standard_model_is_refused_when_training_goes_on(net, standard):
@@ -143,7 +145,7 @@ def test_another_standard_model_is_refused_when_training_goes_on(net, standard):
     for each in (same, other):
         each.load_state_dict(objective.state_dict())
     same.prepare(net, x, y)
-    with pytest.raises(ValueError, match=r"trained with the standard model CountingNet .* resume with the same one"):
+    with pytest.raises(ValueError, match=r"with the standard model CountingNet .* resume with the same teacher"):
         other.prepare(net, x, y)
     waiting = HAT("somewhere.ckpt")  # says what it was told, as long as nothing was read
     assert waiting.state_dict()["_extra_state"] == {}
@@ -165,7 +167,7 @@ def test_published_defaults():
     assert (attack.eps, attack.step_size, attack.steps) == (8 / 255, 2 / 255, 10)
     assert (attack.loss, attack.random_start, attack.mode) == ("kl", "normal", "eval")
     assert (objective.beta, objective.gamma, objective.distance) == (2.5, 0.5, 2.0)
-    assert "'CountingNet', beta=2.5, gamma=0.5, distance=2.0" in repr(objective)
+    assert "standard model: 'CountingNet', beta=2.5, gamma=0.5, distance=2.0" in repr(objective)
 
 
 @pytest.mark.parametrize(
