@@ -24,6 +24,8 @@ from lightning_robust.callbacks.saf import SAF
 from lightning_robust.callbacks.seeded_steps import SeededSteps
 from lightning_robust.callbacks.sharpness_aware import SharpnessAware
 from lightning_robust.callbacks.sharpness_monitor import SharpnessMonitor
+from lightning_robust.callbacks.teacher_cache_writer import TeacherCacheWriter, TeacherPredictor
+from lightning_robust.callbacks.teacher_caching import cache_teacher
 from lightning_robust.callbacks.weight_regularization import WeightRegularization
 
 __all__ = [
@@ -50,5 +52,8 @@ __all__ = [
     "SeededSteps",
     "SharpnessAware",
     "SharpnessMonitor",
+    "TeacherCacheWriter",
+    "TeacherPredictor",
     "WeightRegularization",
+    "cache_teacher",
 ]

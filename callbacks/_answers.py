@@ -2,10 +2,13 @@
 """The answer of a frozen network, asked once however often a training step is repeated."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 __all__ = ["OncePerInput"]
+
+Answer = TypeVar("Answer")
 
 
 class OncePerInput:
@@ -15,9 +18,9 @@ class OncePerInput:
     """
 
     def __init__(self) -> None:
-        self._answered: tuple[Tensor, int, Tensor] | None = None  # input, its version, answer
+        self._answered: tuple[Tensor, int, Any] | None = None  # input, its version, answer
 
-    def ask(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def ask(self, network: Callable[[Tensor], Answer], x: Tensor) -> Answer:
         """The answer of ``network`` to ``x``.
 
         Args:
@@ -26,7 +29,8 @@ class OncePerInput:
         """
         if self._answered is None or self._answered[0] is not x or self._answered[1] != x._version:
             self._answered = x, x._version, network(x)
-        return self._answered[2]
+        answer: Answer = self._answered[2]
+        return answer
 
     def forget(self) -> None:
         """Let go of input and answer."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_robust.guards import buffers_restored, module_devices
 from lightning_robust.losses import MixedTarget
@@ -154,6 +154,18 @@ class _QuietLogits:
         self._gate = gate
         self._function = function
 
+    def on(self, copied: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The same map on a copy of the module, an average of its weights say."""
+        follower: Any = copied
+        if isinstance(self.module, L.LightningModule):
+            follower.trainer = self.module.trainer  # a forward may ask for the epoch
+            follower.log = follower.log_dict = _nothing
+        return LogitsFunction(copied, self._function.logits_from)
+
     def __call__(self, x: Tensor) -> Tensor:
         with self._gate.silence():
             return self._function(x)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None

@@ -53,6 +53,8 @@ def _is_network(module: nn.Module) -> bool:
     """Whether a child of a LightningModule may compute logits: it holds parameters and is no metric or loss."""
     if isinstance(module, Metric | MetricCollection | nn.modules.loss._Loss):
         return False
+    if getattr(module, "stands_apart", False) is True:  # parts of a loss that is trained with the module
+        return False
     return any(True for _ in module.parameters())
 
 

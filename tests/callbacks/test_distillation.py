@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_robust.callbacks import Criterion, Distillation, SharpnessAware
-from lightning_robust.distillation import KD, DistillationLoss, Teacher, fingerprint
+from lightning_robust.distillation import KD, DistillationLoss, Teacher, TeacherSource, fingerprint
 from lightning_robust.losses import CrossEntropy
 from lightning_robust.models import ImageClassifier
 from lightning_robust.training import Stage, StepCallback
@@ -33,6 +33,11 @@ def teacher_network(seed=7):
     for _ in range(3):  # norm statistics away from their start
         net(torch.rand(8, 2, 6, 6))
     return net
+
+
+def teacher_of(callback):
+    (name,) = callback.teachers
+    return callback.teachers.teacher(name)
 
 
 def fit(module, *callbacks, data=None, ckpt_path=None, **kwargs):
@@ -75,7 +80,7 @@ class Trains(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pl_module.train()
-        self.callback.teacher.network.train()
+        teacher_of(self.callback).network.train()
 
 
 def test_the_teacher_is_bit_identical_after_the_fit():
@@ -85,22 +90,26 @@ def test_the_teacher_is_bit_identical_after_the_fit():
     module = PlainModule()
     module.train()
     fit(module, callback, Trains(callback), max_epochs=2)
-    for state in (given.state_dict(), callback.teacher.network.state_dict()):
+    teacher = teacher_of(callback)
+    for state in (given.state_dict(), teacher.network.state_dict()):
         assert all(torch.equal(value, before[name]) for name, value in state.items())
-    assert fingerprint(callback.teacher.network) == callback.teacher.fingerprint
+    assert fingerprint(teacher.network) == teacher.fingerprint
 
 
 def test_the_teacher_is_nowhere_in_the_module(tmp_path):
     module, callback = PlainModule(), Distillation(teacher_network())
     checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="a")
     run = fit(module, callback, checkpoint, enable_checkpointing=True)
-    teachers = {id(parameter) for parameter in callback.teacher.network.parameters()}
+    teachers = {id(parameter) for parameter in teacher_of(callback).network.parameters()}
     assert not teachers & {id(parameter) for parameter in module.parameters()}
     optimised = [parameter for group in run.optimizers[0].param_groups for parameter in group["params"]]
     assert not teachers & set(map(id, optimised))
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == PlainModule().state_dict().keys()
-    assert saved["callbacks"]["Distillation[teacher]"] == callback.teacher.manifest()
+    assert saved["callbacks"]["Distillation[teacher]"] == {
+        "teachers": {"teacher": teacher_of(callback).manifest()},
+        "loss": {},
+    }
 
 
 @pytest.fixture
@@ -129,7 +138,7 @@ def test_evaluation_of_a_checkpoint_needs_no_teacher(trained):
     callback = Distillation("gone.ckpt")
     run = trainer(callback)
     run.validate(PlainModule(), loader(), ckpt_path=trained, verbose=False)
-    assert callback.teacher is None
+    assert not callback.teachers._built
     other = Distillation(teacher_network(seed=8))
     run = trainer(other)
     run.validate(PlainModule(), loader(), ckpt_path=trained, verbose=False)
@@ -154,8 +163,8 @@ def test_two_teachers_at_once(tmp_path):
     torch.testing.assert_close(run.callback_metrics["train/kd_robust"], losses[1].detach())
     run.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]
-    prints = [saved[f"Distillation[{name}]"]["fingerprint"] for name in ("teacher", "robust")]
-    assert prints == [callback.teacher.fingerprint for callback in callbacks]
+    prints = [saved[f"Distillation[{name}]"]["teachers"][name]["fingerprint"] for name in ("teacher", "robust")]
+    assert prints == [teacher_of(callback).fingerprint for callback in callbacks]
 
 
 class Darker(StepCallback):
@@ -179,14 +188,14 @@ class Recording(nn.Module):
 def test_what_the_teacher_sees(sees, factor):
     callback = Distillation(Recording(), teacher_sees=sees)
     fit(PlainModule(), callback, Darker(), max_steps=1)
-    (seen,) = callback.teacher.network.seen
+    (seen,) = teacher_of(callback).network.seen
     torch.testing.assert_close(seen, next(iter(loader()))[0] * factor)
 
 
 def test_a_sharpness_method_asks_the_teacher_once_per_batch():
     callback = Distillation(Recording())
     fit(PlainModule(), callback, SharpnessAware())
-    assert len(callback.teacher.network.seen) == len(loader())
+    assert len(teacher_of(callback).network.seen) == len(loader())
 
 
 class Supervised(DistillationLoss):
@@ -209,7 +218,7 @@ def test_precisions(precision):
         run = fit(PlainModule(), callback, precision=precision)
     assert run.callback_metrics["train/kd"].isfinite()
     dtype = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
-    assert next(callback.teacher.network.parameters()).dtype == dtype
+    assert next(teacher_of(callback).network.parameters()).dtype == dtype
 
 
 def test_accumulation_equals_the_large_batch():
@@ -222,14 +231,14 @@ def test_accumulation_equals_the_large_batch():
 def test_a_file_is_read_at_setup_without_touching_the_random_numbers(tmp_path):
     torch.save(teacher_timm().state_dict(), tmp_path / "a.pt")
     callbacks = [
-        Distillation(str(tmp_path / "a.pt"), backbone="test_resnet", in_chans=2),
-        Distillation(teacher_timm(), num_classes=CLASSES),
+        Distillation(TeacherSource(str(tmp_path / "a.pt"), backbone="test_resnet", in_chans=2)),
+        Distillation(teacher_timm()),
     ]
     modules = [PlainModule(dropout=0.4), PlainModule(dropout=0.4)]
     modules[0].num_classes = CLASSES  # found there, so it is not asked for twice
     for module, callback in zip(modules, callbacks, strict=True):
         fit(module, callback)
-    assert callbacks[0].teacher.fingerprint == callbacks[1].teacher.fingerprint
+    assert teacher_of(callbacks[0]).fingerprint == teacher_of(callbacks[1]).fingerprint
     assert torch.equal(*map(weights_of, modules))
 
 

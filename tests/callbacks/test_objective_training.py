@@ -1,6 +1,7 @@
 """Objectives in place of a module's own loss."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -148,6 +149,61 @@ def test_state_is_saved_and_resumed(tmp_path):
     again.fit(PlainModule(), loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert int(first.objective.seen) == 12
     assert int(second.objective.seen) == 24
+
+
+def test_a_second_fit_begins_with_the_objective_as_it_was_given():
+    class Learned(Plain):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.seen += 5
+
+    module = PlainModule()
+    module.objective = Learned()
+    callback = ObjectiveTraining(module.objective)
+    fit(module, callback)
+    nn.init.constant_(module.objective.weight, 3.0)  # as if trained: parameters go on with the module
+    fit(module, callback)
+    assert (int(module.objective.seen), module.objective.weight.item()) == (17, 3.0)
+
+
+def test_a_checkpoint_that_was_evaluated_is_forgotten_by_the_next_fit(tmp_path):
+    fit(PlainModule(), ObjectiveTraining(Plain())).save_checkpoint(tmp_path / "end.ckpt")
+    fresh = ObjectiveTraining(Plain())
+    trainer(fresh, limit_val_batches=1).validate(
+        PlainModule(), loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True, verbose=False
+    )
+    assert int(fresh.objective.seen) == 12
+    fit(PlainModule(), fresh)
+    assert int(fresh.objective.seen) == 12
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_objective_lets_go_of_the_model_when_a_fit_ends(fails):
+    class Watching(TRADES):
+        watches = False
+
+        def prepare(self, model, x, y, *, generator=None):
+            self.watches = True
+            return super().prepare(model, x, y, generator=generator)
+
+        def forward(self, model, prepared):
+            if fails:
+                raise RuntimeError("a step that fails")
+            return super().forward(model, prepared)
+
+        def fit_ends(self):
+            self.watches = False
+
+    objective = Watching(attack=attack(random_start="normal"))
+    with pytest.raises(RuntimeError, match="a step that fails") if fails else nullcontext():
+        fit(PlainModule(), ObjectiveTraining(objective))
+    assert not objective.watches
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(TypeError, match=r"`objective`.*got MaxSup.*give one of lightning_robust\.objectives"):
+        ObjectiveTraining(MaxSup())
 
 
 def test_attacking_objectives_want_clean_images():

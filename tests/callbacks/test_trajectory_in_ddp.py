@@ -1,4 +1,4 @@
-"""SAF, ELR and MESA in two processes: one memory, one average, and runs that continue exactly."""
+"""SAF, ELR, PS-KD, MESA and ADR in two processes: one memory, one average, and runs that continue exactly."""
 
 import pytest
 import torch

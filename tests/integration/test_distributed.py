@@ -31,6 +31,14 @@ def rank_batches():
     return [epoch, epoch]
 
 
+def whole_batches():
+    """The same as one process sees them."""
+    return [
+        [[(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(*epoch, strict=True)]]
+        for epoch in rank_batches()
+    ]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_agree(states, name, cell):
     if CASES[name].get("method") in METHODS:
@@ -66,13 +74,17 @@ def test_equals_the_mean_of_the_ranks(states, name, cell):
 
 def test_synced_ascent_equals_one_process_with_whole_batches(states):
     module = build(CASES["sam-synced"])
-    whole = [
-        [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in zip(*epoch, strict=True)]
-        for epoch in rank_batches()
-    ]
-    train(module, METHODS["sam"], batches=[[epoch] for epoch in whole])
+    train(module, METHODS["sam"], batches=whole_batches())
     for key, value in module.state_dict().items():
         torch.testing.assert_close(states["sam-synced"][0][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_balances_of_two_processes_equal_those_of_one_with_whole_batches(states):
+    """Also the weights and temperatures of the teachers, which depend on all samples of a step."""
+    module = build(CASES["mtard"])
+    train(module, METHODS["mtard"], batches=whole_batches())
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(states["mtard"][0][key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_manual_optimization_equals_the_callback(states):

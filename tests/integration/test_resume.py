@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_robust.training import StepCallback
 from support.modules import PlainModule
 from support.reference import METHODS
 from support.resumable import BATCHES, EPOCHS, run
@@ -20,11 +21,17 @@ def same(first, second):
     return all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
+def equal(first, second):
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(value, second[name]) for name, value in first.items())
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_equals_the_uninterrupted_run(method, tmp_path, cell):
     cell(method, "resume")
-    whole, _ = run(method, tmp_path)
+    whole, finished = run(method, tmp_path)
     assert not same(whole, PlainModule())
     for step in (2, BATCHES, 7):  # in the first epoch, at its end, in the second
         checkpoint = tmp_path / f"step={step}.ckpt"
@@ -32,6 +39,9 @@ def test_resume_equals_the_uninterrupted_run(method, tmp_path, cell):
         resumed, trainer = run(method, tmp_path, ckpt_path=checkpoint)
         assert trainer.global_step == EPOCHS * BATCHES
         assert same(resumed, whole), step
+        for ours, theirs in zip(trainer.callbacks, finished.callbacks, strict=True):
+            if isinstance(ours, StepCallback):  # balances, averages and tables went on as well
+                assert equal(ours.state_dict(), theirs.state_dict()), (step, type(ours).__name__)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from support.modules import (
 from support.ranks import WORLD, as_rank, launch
 from support.reference import METHODS, SEED, attack, train
 
-OTHER_LOSSES = {"all", "saf-sam", "mesa-sam", "elr-sam-adversarial"}
+OTHER_LOSSES = {"all", "saf-sam", "mesa-sam", "elr-sam-adversarial", "mtard-awp"}
 SHARP = [name for name, method in METHODS.items() if method.sharp is not None and name not in OTHER_LOSSES]
 ALONE = [name for name in SHARP if not METHODS[name].shared]  # LAP makes its own images
 LATE = [name for name in SHARP if METHODS[name].sharp.counted == "perturbed"]

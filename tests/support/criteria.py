@@ -10,6 +10,7 @@ from lightning_robust.losses import Criterion, CrossEntropy, SampleCriterion, Sa
 # what a criterion needs besides its defaults
 OWN = {
     "GroupDRO": lambda classes, samples: {"num_groups": 2},
+    "MarginBias": lambda classes, samples: {"old_classes": 1},
     "OnlineLabelSmoothing": lambda classes, samples: {"num_classes": classes},
     "VSLoss": lambda classes, samples: {"class_counts": [10 * (k + 1) for k in range(classes)]},
 }

@@ -6,13 +6,14 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_robust.losses import ALDRKL, ELR, GroupDRO, OnlineLabelSmoothing, TruncatedGCE
+from lightning_robust.losses import ALDRKL, ELR, PSKD, GroupDRO, OnlineLabelSmoothing, TruncatedGCE
 from support.ranks import WORLD, as_rank
 
 SAMPLES, CLASSES, FEATURES, EPOCHS, BATCH = 24, 4, 3, 2, 8
 CRITERIA = {
     "group_dro": lambda: GroupDRO(num_groups=3, step_size=0.5),
     "elr": lambda: ELR(num_samples=SAMPLES),
+    "pskd": lambda: PSKD(num_samples=SAMPLES),
     "aldr": lambda: ALDRKL(num_samples=SAMPLES),
     "truncated": lambda: TruncatedGCE(k=0.25, start_epoch=2, every=1, num_samples=SAMPLES),
     "online": lambda: OnlineLabelSmoothing(num_classes=CLASSES),

@@ -1,4 +1,4 @@
-"""One rank of DDP runs with SAF, ELR and MESA; `python -m support.ddp_trajectory FOLDER` under torchrun's variables."""
+"""One rank of DDP runs with methods that remember; `python -m support.ddp_trajectory FOLDER`, see `launch`."""
 
 import os
 
@@ -8,9 +8,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_robust.callbacks import MESA, SAF, Criterion
+from lightning_robust.attacks import PGD
+from lightning_robust.callbacks import MESA, SAF, Criterion, ObjectiveTraining
 from lightning_robust.data import EpochSampler, ResumableDataLoader
-from lightning_robust.losses import ELR
+from lightning_robust.losses import ELR, PSKD
+from lightning_robust.objectives import ADR, AdversarialCrossEntropy
 from lightning_robust.sharpness import LogitHistory, trajectory
 from lightning_robust.training import PerSampleCallback, Stage
 from support.modules import CollectionModule, Images, PlainModule, trainer
@@ -21,7 +23,11 @@ STEPS = (2, BATCHES, 6, 11)  # in the first epoch, at its end, in the middle and
 CALLBACKS = {
     "saf": lambda: SAF(weight=2.0, temperature=2.0, start_epoch=0, lag=1),
     "elr": lambda: Criterion(ELR(beta=0.5)),
+    "pskd": lambda: Criterion(PSKD(alpha=1.0)),
     "mesa": lambda: MESA(weight=2.0, temperature=2.0, start_epoch=0, decay=0.8),
+    "adr": lambda: ObjectiveTraining(
+        ADR(objective=AdversarialCrossEntropy(attack=PGD(eps=0.1, steps=1, mode="train")), decay=0.8)
+    ),
 }
 
 
@@ -36,14 +42,21 @@ def ddp():
 
 def fit(name, folder, rank, ckpt_path=None):
     L.seed_everything(3)
-    module = PlainModule(norm=name == "mesa")
+    module = PlainModule(norm=name in ("mesa", "adr"))
     callback = CALLBACKS[name]()
     saving = ModelCheckpoint(dirpath=folder / name, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     run = trainer(callback, saving, max_epochs=EPOCHS, enable_checkpointing=True, **ddp())
     run.fit(module, shuffled(rank), ckpt_path=ckpt_path)
     assert run.global_step == EPOCHS * BATCHES
-    state = callback.state_dict()
-    return {"weights": dict(module.named_parameters()), "state": {**state.pop("criterion", {}), **state}}
+    return {"weights": dict(module.named_parameters()), "state": flat(callback.state_dict())}
+
+
+def flat(state):
+    """The values of nested dictionaries under their innermost names."""
+    found = {}
+    for name, value in state.items():
+        found.update(flat(value) if isinstance(value, dict) else {name: value})
+    return found
 
 
 class Told(PerSampleCallback):

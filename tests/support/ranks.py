@@ -40,7 +40,7 @@ def launch(*command, **options):
         for rank in range(WORLD)
     ]
     try:
-        outputs = [process.communicate(timeout=280)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:  # one that waits for a partner that is gone would wait for ever
             process.kill()

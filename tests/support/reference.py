@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,24 +27,33 @@ from lightning_robust.callbacks import (
     SharpnessAware,
     WeightRegularization,
 )
-from lightning_robust.distillation import KD
+from lightning_robust.distillation import DHKD, DKD, KD, DistillationLoss, FeatureDistillationLoss, FeatureMSE
 from lightning_robust.guards import buffers_restored
-from lightning_robust.losses import ELR, CrossEntropy, Focal, MaxSup
+from lightning_robust.losses import ELR, PSKD, CrossEntropy, Focal, MaxSup
 from lightning_robust.mixing import Mixer, Mixup
 from lightning_robust.objectives import (
     AAER,
+    ADR,
     DAFA,
     ELLEA,
     GAIRAT,
     HAT,
+    IADII,
+    LTD,
     MART,
+    MTARD,
+    RSLAD,
     SCORE,
     TRADES,
     WEAT,
+    AdaAD,
+    AdversarialCrossEntropy,
     AVmixup,
     Objective,
+    Running,
 )
 from lightning_robust.regularization import GOR, WeightRegularizer
+from lightning_robust.schedules import Linear
 from lightning_robust.sharpness import (
     AMP,
     ASAM,
@@ -66,7 +77,7 @@ from lightning_robust.sharpness import (
     trajectory_loss,
 )
 from lightning_robust.training import derive_seed
-from support.modules import CLASSES, Images, loader, network
+from support.modules import CHANNELS, CLASSES, Images, loader, network
 from support.simulated import together
 
 SEED = 3
@@ -130,6 +141,35 @@ def dafa():
     return DAFA(num_classes=CLASSES, warmup=1, attack=divergence_attack())
 
 
+def mtard():
+    # without a random start the processes find what one process does; quick balances, so that they matter
+    options = {"weight_lr": 0.2, "temperature_lr": 0.1, "initial_temperatures": (1.5, 1.5)}
+    still = PGD(eps=0.1, steps=2, step_size=0.05, random_start=False)
+    return MTARD(teacher(), teacher(98), attack=still, **options)
+
+
+def adr():
+    rectified = AdversarialCrossEntropy(attack=PGD(eps=0.1, steps=2, step_size=0.05, mode="train"))
+    return ADR(objective=rectified, decay=0.7)
+
+
+def ltd():
+    return LTD(teacher=teacher(), objective=trades())
+
+
+def rslad():
+    return RSLAD(teacher(), attack=divergence_attack(), reduction="batchmean")
+
+
+def adaad():
+    return AdaAD(teacher(), alpha=0.7, attack=divergence_attack(), reduction="batchmean")
+
+
+def iad():
+    attack = PGD(eps=0.1, steps=2, step_size=0.05, mode="train")
+    return IADII(teacher(), clean_teacher=teacher(98), begin=1, beta=0.5, attack=attack)
+
+
 def rwp():
     return RWP(gamma=0.05, loss_threshold=1.44, inner_steps=3, decay_at_perturbed=False)
 
@@ -150,16 +190,30 @@ class Method:
     criterion: Callable[[], losses.Criterion] | None = None
     mixer: Mixer | None = None
     weights: WeightRegularizer | None = None
-    teacher: bool = False
+    distillation: Callable[[], DistillationLoss] | None = None
+    weights_of_losses: tuple[float, float] = (0.1, 0.9)
     sharp: SharpnessMethod | None = None
     saf: bool = False
     mesa: bool = False
 
+    @property
+    def late(self):
+        """Whether the pass at the perturbed weights is the one that counts."""
+        return self.sharp is not None and self.sharp.counted == "perturbed"
+
     def start(self, module):
         """What a loss remembers begins anew."""
         self.past = {}
-        self.objectives, self.outputs, self.criteria = {}, {}, {}  # by rank
+        self.objectives, self.tried, self.outputs, self.criteria = {}, {}, {}, {}  # by rank
+        self.epochs = {}
+        self.distilled = self.distillation() if self.distillation else None
+        if self.looks_inside:
+            module.distilled = self.distilled  # its parts are trained together with the module
         self.average = copy.deepcopy(module).eval() if self.mesa else None
+
+    @property
+    def looks_inside(self):
+        return isinstance(self.distilled, FeatureDistillationLoss)
 
     def stepped(self, module):
         """After each optimizer step."""
@@ -176,34 +230,56 @@ class Method:
 
         with_sums(self.objectives, call)
 
+    def started(self, rank, epoch, epochs):
+        """A copy of the rank's objective for one batch: what it comes to remember stays if all ranks get through."""
+        if rank not in self.objectives:
+            self.objectives[rank] = self.objective()
+            self.objectives[rank].ready(CLASSES, CHANNELS)
+        if self.epochs.get(rank) != epoch:
+            self.epochs[rank] = epoch
+            self.objectives[rank].epoch_starts(epoch, epochs)
+        self.tried[rank] = copy.deepcopy(self.objectives[rank])
+        return self.tried[rank]
+
     def synchronise(self):
         """Each rank's criterion learns what the others remember."""
         with_sums(self.criteria, lambda criterion, rank, total: criterion.synchronise(total))
 
-    def prepare(self, module, batch, seed, rank, epoch, index):
+    def prepare(self, module, batch, seed, rank, place, running):
         """What is computed once per batch, at the unperturbed weights.
 
         Returns the pass as a function, of whether it leads the ascent, and the images whose gradient it takes there.
         """
         x, y = batch
+        epoch, epochs, index = place
 
         def generator(salt):
             return torch.Generator().manual_seed(derive_seed(seed, rank, epoch, index, salt))
 
         if self.objective:
-            objective = self.objectives.setdefault(rank, self.objective())
-            objective.epoch_starts(epoch, 2)
+            objective = self.started(rank, epoch, epochs)
+            running = replace(running, index=positions(x) if objective.needs_index else None)
+            objective.running = running
             prepared = objective.prepare(module, x, y, generator=generator("objective"))
+            late, passes = self.late, []
 
             def whole(ascent=False):
-                output = self.outputs[rank] = objective(module, prepared)
+                counts = not ascent if late else not passes
+                passes.append(ascent)
+                objective.running = replace(running, counted=counts)
+                output = objective(module, prepared)
+                objective.running = Running()  # the hooks are told what they need
+                if counts:
+                    self.outputs[rank] = output
                 return Evaluation(output.loss, lambda: output.sample_losses)
 
             return whole, []
         images = SharedGradientAttack(single_step(), x, generator("attack")) if self.shared else None
         if self.adversarial:
             x = attack()(module, x, y, generator=generator("attack"))
-        guide = teacher() if self.teacher else None
+        guide = teacher() if self.distillation else None
+        if guide is not None:
+            self.distilled.epoch_starts(epoch, epochs)
         samples = [row.numpy().tobytes() for row in x] if self.saf else []
         if self.mixer:
             drawn = generator("mixing")
@@ -214,11 +290,13 @@ class Method:
         if self.criterion:
             criterion = self.criteria.setdefault(rank, self.criterion())
             criterion.counted(True)
+            if criterion.needs_epoch:
+                criterion.epoch_starts(epoch, epochs)
             known = {name: positions(batch[0]) for name in criterion.needs}
 
         def loss(ascent=False):
             shown = x if images is None else images.start if ascent else images.attacked()
-            logits = module(shown)
+            logits, features = evaluated(module, shown)
             if criterion is None:
                 value = F.cross_entropy(logits, y)
             else:
@@ -226,8 +304,10 @@ class Method:
                 criterion.counted(False)  # of several passes the first counts
             if guide is not None:
                 with torch.no_grad():
-                    target = guide(shown)
-                value = 0.1 * value + 0.9 * KD(temperature=2.0)(logits, target)
+                    told, learnt = evaluated(guide, shown)
+                inside = {"student_features": features, "teacher_features": learnt} if self.looks_inside else {}
+                term = self.distilled(logits, told, y, **inside)
+                value = self.weights_of_losses[0] * value + self.weights_of_losses[1] * term
             if self.saf:
                 for sample, row in zip(samples, logits.detach().float(), strict=True):
                     self.past.setdefault((epoch, sample), row)  # of several passes the first
@@ -251,6 +331,49 @@ def elr():
     criterion = ELR(beta=0.5)
     criterion.samples_known(len(Images()))
     return criterion
+
+
+def ps_kd():
+    criterion = PSKD(alpha=0.8)
+    criterion.samples_known(len(Images()))
+    return criterion
+
+
+def kd():
+    return KD(temperature=2.0)
+
+
+def dkd():
+    return DKD(beta=2.0, warmup=Linear(start=0.5, end=1.0, epochs=2))
+
+
+def hint():
+    """Two linear maps of the features before the classifier, trained with the module."""
+    torch.manual_seed(5)
+    return FeatureMSE(student_width=20, teacher_width=20)
+
+
+def dhkd():
+    torch.manual_seed(5)
+    return DHKD(width=20, num_classes=CLASSES)
+
+
+def distilled(make, base_weight=0.1, weight=0.9):
+    """A distillation by itself."""
+    return Method(
+        lambda: [Distillation(teacher(), make(), base_weight=base_weight, weight=weight)],
+        distillation=make,
+        weights_of_losses=(base_weight, weight),
+    )
+
+
+def evaluated(module, x):
+    """Logits, and what the classifier gets."""
+    net = getattr(module, "net", module)
+    if not isinstance(net, torch.nn.Sequential):
+        return module(x), []
+    features = net[:-1](x)
+    return net[-1](features), [features]
 
 
 def positions(x):
@@ -323,7 +446,11 @@ METHODS = {
         criterion=CrossEntropy,
     ),
     "weights": Method(lambda: [WeightRegularization(GOR(**ORTHOGONAL))], weights=GOR(**ORTHOGONAL)),
-    "distill": Method(lambda: [Distillation(teacher(), KD(temperature=2.0))], teacher=True),
+    "ps-kd": Method(lambda: [Criterion(PSKD(alpha=0.8))], criterion=ps_kd),
+    "distill": distilled(kd),
+    "dkd": distilled(dkd),
+    "hint": distilled(hint),
+    "dhkd": distilled(dhkd, 1.0, 1.0),
     **{
         name: Method(lambda make=make: [ObjectiveTraining(make())], objective=make)
         for name, make in {
@@ -337,8 +464,19 @@ METHODS = {
             "hat": hat,
             "elle-a": elle_a,
             "aaer": aaer,
+            "mtard": mtard,
+            "rslad": rslad,
+            "adaad": adaad,
+            "iad": iad,
+            "adr": adr,
+            "ltd": ltd,
         }.items()
     },
+    "mtard-awp": Method(
+        lambda: [SharpnessAware(AWP(gamma=0.05, decay_at_perturbed=False)), ObjectiveTraining(mtard())],
+        objective=mtard,
+        sharp=AWP(gamma=0.05, decay_at_perturbed=False),
+    ),
     "all": Method(
         lambda: [
             # listed in the wrong order on purpose: stages decide; among losses the first listed is applied last
@@ -349,7 +487,7 @@ METHODS = {
         ],
         adversarial=True,
         penalty=True,
-        teacher=True,
+        distillation=kd,
         sharp=SAM(rho=0.2),
     ),
 }
@@ -368,19 +506,23 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
     batches = batches or [[list(loader())] for _ in range(epochs)]
     sharp = [copy.deepcopy(method.sharp) for _ in range(world)]  # each rank has its own memory
     steps = 0
+    max_steps = sum(math.ceil(len(batches[epoch][0]) / accumulate) for epoch in range(epochs))
     for epoch in range(epochs):
         count = len(batches[epoch][0])
         for index in range(count):
             if index % accumulate == 0:
                 optimizer.zero_grad()
                 pending: dict[Tensor, Tensor] = {}
+            last = (index + 1) % accumulate == 0 or index + 1 == count
+            running = Running(first=index % accumulate == 0, last=last, step=steps, max_steps=max_steps)
             started = [
-                gradients_of(module, method, batches[epoch][rank][index], optimizer, scaler, precision, accumulate)(
-                    str(seed), rank, epoch, index, steps
-                )
+                gradients_of(
+                    module, method, batches[epoch][rank][index], optimizer, scaler, precision, accumulate, world
+                )(str(seed), rank, (epoch, epochs, index), running)
                 for rank in range(world)
             ]
             rank_gradients, rank_moves = zip(*together(sharp, started), strict=True)
+            method.objectives.update(method.tried)
             method.tell("batch_ends")
             for moves in zip(*rank_moves, strict=True):
                 tensor, offset = moves[0][0], torch.stack([offset for _, offset in moves]).mean(0) * (1 / accumulate)
@@ -388,7 +530,7 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
             for parameter, *gradients in zip(parameters, *rank_gradients, strict=True):
                 gradient = torch.stack(gradients).mean(0) if world > 1 else gradients[0]
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-            if (index + 1) % accumulate == 0 or index + 1 == count:
+            if last:
                 scaler.unscale_(optimizer)
                 if clip:
                     kind, size = clip
@@ -402,8 +544,11 @@ def train(module, method, *, epochs=2, batches=None, precision="32-true", accumu
                         tensor.data += offset
                 steps += 1
                 method.stepped(module)
+                method.tell("step_ends", module)
         method.tell("epoch_ends", epoch)
         method.synchronise()
+    if method.looks_inside:
+        del module.distilled
     return module
 
 
@@ -417,14 +562,32 @@ class Moves:
         self.pairs += zip(tensors, offsets, strict=True)
 
 
-def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate):
+def total_of(average, world, tensor):
+    """The sum over simulated processes, of their mean."""
+    mean = tensor.detach().to(torch.float64, copy=True)
+    average([mean])
+    return (mean * world).to(tensor.dtype)
+
+
+def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate, world):
     """Runs the first pass of a batch; returns what does the rest, given the rank's method and its way to the others.
 
     One pass is the step's own and moves buffers: the first, or that at the perturbed weights.
     """
 
-    def compute(seed, rank, epoch, index, steps):
-        late = method.sharp is not None and method.sharp.counted == "perturbed"
+    def compute(seed, rank, place, running):
+        if method.objective is None:
+            return passes(seed, rank, place, running)
+
+        def whole(sharp, average):
+            # an objective may ask the other processes from its preparation on
+            asking = replace(running, total=partial(total_of, average, world)) if world > 1 else running
+            return passes(seed, rank, place, asking)(sharp, average)
+
+        return whole
+
+    def passes(seed, rank, place, running):
+        late = method.late
         weights = Weights.of(optimizer, module)
         if method.sharp is not None:
             weights = method.sharp.selected(weights)
@@ -445,7 +608,7 @@ def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate
                 return gradient(ascent)
 
         with precision_context(precision):
-            loss, images = method.prepare(module, batch, seed, rank, epoch, index)
+            loss, images = method.prepare(module, batch, seed, rank, place, running)
             if method.sharp is None:
                 plain = backward(scaler.scale(loss().loss / accumulate), weights.tensors)
                 return lambda sharp, average: (plain, [])
@@ -460,7 +623,7 @@ def gradients_of(module, method, batch, optimizer, scaler, precision, accumulate
                 moved,
                 ascent_here=lambda: moved(ascent=True),
                 optimizer=optimizer,
-                step=lambda: (steps, -1),
+                step=lambda: (running.step, -1),
                 average=average,
                 moves=lambda: moves,
             )

@@ -16,8 +16,11 @@ def gradient(loss: Tensor, logits: Tensor) -> Tensor:
 def kd(golden: Golden) -> None:
     student, teacher = golden.tensor("student").requires_grad_(), golden.tensor("teacher")
     hyper = golden.hyper
-    loss = KD(temperature=hyper["temperature"])(student, teacher)
-    total = hyper["ce_weight"] * cross_entropy(student, golden.tensor("labels")) + hyper["kd_weight"] * loss
+    loss = KD(temperature=hyper.get("temperature", 4.0))(student, teacher)
+    total = (
+        hyper.get("ce_weight", 0.1) * cross_entropy(student, golden.tensor("labels"))
+        + hyper.get("kd_weight", 0.9) * loss
+    )
     golden.check("loss", loss)
     golden.check("grad", gradient(loss, student))
     golden.check("total", total)
@@ -28,11 +31,11 @@ def kd(golden: Golden) -> None:
 def torchdistill_kd(golden: Golden) -> None:
     student, teacher = golden.tensor("student").requires_grad_(), golden.tensor("teacher")
     alpha, beta = golden.hyper.get("alpha"), golden.hyper.get("beta")
-    # Without a weight for the labels this project leaves out the squared temperature too.
-    distilled = kd_loss(student, teacher, golden.hyper["temperature"], temperature_squared=bool(alpha))
-    labels = golden.tensor("labels")
-    loss = distilled
-    if alpha:
-        loss = alpha * cross_entropy(student, labels) + (1 - alpha if beta is None else beta) * distilled
+    # Without labels or a weight for them this project leaves out the squared temperature too.
+    labels = golden.tensor("labels") if "labels" in golden else None
+    supervised = bool(alpha) and labels is not None
+    loss = kd_loss(student, teacher, golden.hyper.get("temperature", 4.0), temperature_squared=supervised)
+    if supervised:
+        loss = alpha * cross_entropy(student, labels) + (1 - alpha if beta is None else beta) * loss
     golden.check("loss", loss)
     golden.check("grad", gradient(loss, student))
