@@ -23,7 +23,7 @@ class Arguments:
         out: Folder that holds the run folders.
         resume: Run folder to continue.
         baseline: Recipe to compare with instead of the recipe's own; ``none`` for no comparison.
-        fresh: Train the baseline again even when an identical run exists.
+        fresh: Train baseline and teachers again even when identical runs exist.
     """
 
     recipe: str

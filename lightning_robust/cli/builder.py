@@ -26,7 +26,7 @@ from lightning_robust.cli.errors import UsageError
 from lightning_robust.cli.messages import build_refusal, check_methods, parse_refusal
 from lightning_robust.cli.quiet import silence
 
-__all__ = ["COMPARE", "LINKED", "RecipeCLI"]
+__all__ = ["COMPARE", "LINKED", "TEACHERS", "RecipeCLI"]
 
 # The option of jsonargparse's `dump` that writes null values too was renamed.
 _JSONARGPARSE = tuple(int(part) for part in version("jsonargparse").split(".")[:2])
@@ -34,6 +34,8 @@ _KEEP_EMPTY = {"skip_unset" if _JSONARGPARSE >= (4, 49) else "skip_none": False}
 
 #: The part of a recipe that lists arms; taken out before the rest is parsed.
 COMPARE = "compare"
+#: The part of a recipe that names the recipes of its teachers.
+TEACHERS = "teachers"
 #: What the data knows and the model needs; never asked twice.
 LINKED = ("num_classes", "in_chans", "mean", "std")
 
@@ -43,8 +45,8 @@ class RecipeCLI(LightningCLI):
 
     Beside Lightning's own parts (``model``, ``data``, ``trainer``, ``seed_everything``) a recipe has ``methods``,
     callbacks by name; ``monitor`` and ``monitor_mode``, the metric whose best epoch is kept; ``evaluation``, how the
-    result is measured; ``baseline``, the recipe to compare with; ``threads``, the number of CPU threads. The arms of a
-    ``compare`` part are recipes of their own: see `Comparison`.
+    result is measured; ``baseline``, the recipe to compare with, and ``teachers``, recipes to learn from, by name;
+    ``threads``, the number of CPU threads. The arms of a ``compare`` part are recipes of their own: see `Comparison`.
 
     Args:
         config: The recipe.
@@ -88,6 +90,9 @@ class RecipeCLI(LightningCLI):
             "--threads", type=int | None, default=None, help="CPU threads; one is best for tiny networks"
         )
         parser.add_argument("--baseline", type=str | None, default=None, help="recipe to compare with")
+        parser.add_argument(
+            f"--{TEACHERS}", type=dict[str, str] | None, default=None, help="recipes of the teachers by name"
+        )
         parser.add_argument("--evaluation.attack", type=Attack | None, default=None, help="attack to withstand")
         parser.add_argument(
             "--evaluation.max_attacked", type=int | None, default=None, help="attack only the first so many samples"

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lightning-robust check``: does a recipe work, in which order does its step run, and what does it cost?"""
 
-import tempfile
 from collections.abc import Sized
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from lightning_robust.cli.arguments import Arguments
 from lightning_robust.cli.builder import RecipeCLI
-from lightning_robust.cli.compare import parse_arm
+from lightning_robust.cli.compare import rehearse_arm
 from lightning_robust.cli.comparison import Comparison
+from lightning_robust.cli.earlier import earlier_runs, stood_in
 from lightning_robust.cli.errors import CommandError
-from lightning_robust.cli.jobs import Job, baseline_job, main_job
+from lightning_robust.cli.jobs import Job, main_job
 from lightning_robust.cli.measured import probe_task
 from lightning_robust.cli.quiet import hush, silence
-from lightning_robust.cli.substitute import BASELINE, RUN, uses
+from lightning_robust.cli.substitute import RUN
 from lightning_robust.cli.tables import new_table
 from lightning_robust.training import StepPipeline
 
@@ -27,8 +26,8 @@ __all__ = ["check"]
 def check(arguments: Arguments) -> None:
     """Build everything, run one training batch and one validation batch, and print what was built.
 
-    Nothing is written outside of a temporary folder. Where the recipe wants the trained baseline as a teacher, the
-    check uses an untrained one.
+    Nothing is written outside of a temporary folder. Where the recipe wants a trained teacher that does not exist yet,
+    the check uses an untrained one.
 
     Args:
         arguments: What the user asked for.
@@ -41,28 +40,29 @@ def check(arguments: Arguments) -> None:
     if (comparison := Comparison.of(job)) is not None:
         _check_arms(comparison)
         return
-    baseline = baseline_job(job)
-    with tempfile.TemporaryDirectory() as folder:
-        words = {RUN: folder}
-        if baseline is not None and uses(BASELINE, [job.config, job.changes]):
-            words[BASELINE] = str(_stand_in(baseline, Path(folder)))
+    with stood_in(*_earlier(job), [job.config, job.changes]) as words:
         cli = _first_batches(job, words)
         _print(job.name, cli)
         _print_facts(_facts(cli, StepPipeline(cli.trainer, cli.model)))
 
 
+def _earlier(job: Job) -> tuple[dict[str, Job | Path], dict[str, Path]]:
+    earlier = earlier_runs(job)
+    return earlier, {name: run for name, run in earlier.items() if isinstance(run, Path)}
+
+
 def _check_arms(comparison: Comparison) -> None:
     facts: list[tuple[str, str]] = []
     for arm in comparison.arms:
-        parse_arm(comparison, arm)  # what it refuses names the arm
-        with tempfile.TemporaryDirectory() as folder:
-            cli = _first_batches(comparison.job(arm, comparison.seeds[0]), {RUN: folder})
+        with stood_in(*_earlier(comparison.base()), comparison.values()) as words:
+            rehearse_arm(comparison, arm, words)  # what it refuses names the arm
+            cli = _first_batches(comparison.job(arm, comparison.seeds[0]), words)
             _print(arm, cli)
             pipeline = StepPipeline(cli.trainer, cli.model)
             facts.append((f"cost of a step of {arm}", _cost(pipeline)))
             others = _facts(cli, pipeline)
     seeds = ", ".join(map(str, comparison.seeds))
-    common = [fact for fact in others if fact[0] in ("device", "samples", "keeps the epoch with")]
+    common = [fact for fact in others if fact[0] in ("device", "samples", "keeps the epoch with", "teachers")]
     measured = [("seeds", seeds), ("measured", ", ".join(comparison.quantities))]
     if "probe" in comparison.quantities:
         measured.append(("probe", probe_task(cli)))
@@ -87,15 +87,6 @@ def _first_batches(job: Job, words: dict[str, str]) -> RecipeCLI:
             "Set LIGHTNING_ROBUST_TRACEBACK=1 to see where.",
         ) from error
     return cli
-
-
-def _stand_in(baseline: Job, folder: Path) -> Path:
-    """A checkpoint of the baseline's untrained module."""
-    cli = baseline.parse({RUN: str(folder)})
-    cli.rehearse()
-    path = folder / "baseline.ckpt"
-    torch.save({"state_dict": cli.model.state_dict(), "hyper_parameters": dict(cli.model.hparams)}, path)
-    return path
 
 
 def _print(name: str, cli: RecipeCLI) -> None:
@@ -140,6 +131,8 @@ def _facts(cli: RecipeCLI, pipeline: StepPipeline) -> list[tuple[str, str]]:
     ]
     if cli.config.baseline:
         facts.append(("compared with", cli.config.baseline))
+    if cli.config.teachers:
+        facts.append(("teachers", ", ".join(f"{name}: {recipe}" for name, recipe in cli.config.teachers.items())))
     return facts
 
 

@@ -2,7 +2,7 @@
 """``run`` of a recipe with a `compare` part: every arm with every seed, then one table."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lightning_robust import __version__
 from lightning_robust.cli.arguments import Arguments
-from lightning_robust.cli.builder import COMPARE, RecipeCLI
+from lightning_robust.cli.builder import COMPARE, TEACHERS, RecipeCLI
 from lightning_robust.cli.comparison import Comparison
 from lightning_robust.cli.comparison_report import (
     print_comparison,
@@ -20,15 +20,26 @@ from lightning_robust.cli.comparison_report import (
     write_comparison_numbers,
     write_comparison_picture,
 )
+from lightning_robust.cli.earlier import (
+    claim_earlier,
+    earlier_of,
+    earlier_runs,
+    finished_runs,
+    stood_in,
+    train_earlier,
+    words_of,
+)
 from lightning_robust.cli.errors import CommandError, UsageError
 from lightning_robust.cli.folders import CONFIG, SUMMARY, claim_run_folder, read_summary, write_json, write_text
-from lightning_robust.cli.jobs import Job, words_of
+from lightning_robust.cli.jobs import Job
 from lightning_robust.cli.launch import is_first_process, receive_plan, share_plan
 from lightning_robust.cli.measured import measure_quantities, probe_task
+from lightning_robust.cli.quantities import ATTACKED
+from lightning_robust.cli.rehearsal import rehearse
 from lightning_robust.cli.report import INSTALL_PLOT
 from lightning_robust.cli.train import latest_checkpoint, start_summary, train
 
-__all__ = ["NUMBERS", "PICTURE", "parse_arm", "resume_comparison", "start_comparison"]
+__all__ = ["NUMBERS", "PICTURE", "rehearse_arm", "resume_comparison", "start_comparison"]
 
 NUMBERS, PICTURE = "comparison.csv", "comparison.png"
 _TRAINED = ("trained", "complete")
@@ -44,12 +55,17 @@ def start_comparison(comparison: Comparison, arguments: Arguments) -> int:
     Raises:
         CommandError: If something is refused or fails.
     """
-    if arguments.fresh:
-        raise UsageError("A comparison has no baseline, and trains all its arms: leave out --fresh.")
+    earlier = earlier_runs(comparison.base())
+    if arguments.fresh and not earlier:
+        raise UsageError("This comparison has no teachers, and trains all its arms: leave out --fresh.")
     root = arguments.out.resolve()
     if not is_first_process():
-        return _train_all(comparison, Path(receive_plan(arguments.out)["folder"]), {})
-    settled, facts = _rehearsed(comparison)
+        plan = receive_plan(arguments.out)
+        return _train_all(comparison, Path(plan["folder"]), {}, plan["earlier"])
+    found = finished_runs(earlier, root, fresh=arguments.fresh)
+    with stood_in(earlier, found, comparison.values()) as words:
+        settled, facts = _rehearsed(comparison, words)
+    places = claim_earlier(earlier, found, root)
     folder = claim_run_folder(root, comparison.name)
     write_text(folder / CONFIG, yaml.safe_dump(settled, sort_keys=False))
     summary = {
@@ -57,6 +73,7 @@ def start_comparison(comparison: Comparison, arguments: Arguments) -> int:
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "lightning_robust": __version__,
+        TEACHERS: places,
         "comparison": {"seeds": comparison.seeds, "quantities": comparison.quantities, **facts},
     }
     return _go_on(comparison, folder, summary, arguments.out)
@@ -77,11 +94,13 @@ def resume_comparison(folder: Path, arguments: Arguments) -> int:
     _refuse_changes(arguments.changes, config[COMPARE]["arms"])
     comparison = Comparison.of(Job(str(summary["recipe"]), config, list(arguments.changes)))
     assert comparison is not None
+    earlier = earlier_of(summary)
     if not is_first_process():
-        return _train_all(comparison, folder, {})
+        return _train_all(comparison, folder, {}, earlier)
     if summary.get("status") == "complete" and not arguments.changes:
         raise UsageError(f"{folder} is complete; train it anew with: lightning-robust run {folder / CONFIG}")
-    settled, facts = _rehearsed(comparison)
+    train_earlier(earlier, folder)
+    settled, facts = _rehearsed(comparison, words_of(folder, earlier))
     write_text(folder / CONFIG, yaml.safe_dump(settled, sort_keys=False))
     old = summary["comparison"]["values"]
     for arm, found in facts["values"].items():
@@ -102,32 +121,36 @@ def _refuse_changes(changes: Sequence[str], arms: Collection[str]) -> None:
             )
 
 
-def _rehearsed(comparison: Comparison) -> tuple[dict[str, Any], dict[str, Any]]:
+def _rehearsed(comparison: Comparison, words: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build every arm once, so that what can be refused is refused before anything is trained."""
     base = yaml.safe_load(comparison.base().parse().text())
     parsed, starts, probe = {}, {}, ""
     for arm in comparison.arms:
-        cli = parse_arm(comparison, arm)
-        parsed[arm] = yaml.safe_load(cli.text())
+        cli = rehearse_arm(comparison, arm, words)
+        parsed[arm] = yaml.safe_load(comparison.job(arm, comparison.seeds[0]).parse().text())
         starts[arm] = _digest(cli)
         probe = probe_task(cli)
     values: dict[str, Any] = {arm: {} for arm in parsed}
     return comparison.settled(base, parsed), {"probe": probe, "notes": _notes(starts), "values": values}
 
 
-def parse_arm(comparison: Comparison, arm: str) -> RecipeCLI:
+def rehearse_arm(comparison: Comparison, arm: str, words: Mapping[str, str]) -> RecipeCLI:
     """An arm with the first seed, built.
 
     Args:
         comparison: What is compared.
         arm: Name of the arm.
+        words: Replacement of each word in braces.
 
     Raises:
         UsageError: If it is not accepted; says which arm it is.
     """
     try:
-        cli = comparison.job(arm, comparison.seeds[0]).parse()
-        cli.rehearse()
+        cli = comparison.job(arm, comparison.seeds[0]).parse(words)
+        rehearse(cli)
+        wanting = [name for name in ATTACKED if name in comparison.quantities]
+        if wanting and cli.config_init.evaluation.attack is None:
+            raise UsageError(f"`{wanting[0]}` needs an attack; name one in `evaluation.attack`.")
     except UsageError as error:
         first, *rest = str(error).splitlines()
         raise UsageError(f"In the arm `{arm}`: {first}", *rest) from error
@@ -150,11 +173,13 @@ def _notes(starts: dict[str, str]) -> list[str]:
 
 
 def _go_on(comparison: Comparison, folder: Path, summary: dict[str, Any], out: Path) -> int:
-    share_plan({"folder": str(folder)}, out)
+    earlier = earlier_of(summary)
+    share_plan({"folder": str(folder), "earlier": earlier}, out)
     _say(f"Run folder: {folder}")
     for note in summary["comparison"]["notes"]:
         _say(note)
-    code = _train_all(comparison, folder, summary)
+    _save(folder, summary)
+    code = _train_all(comparison, folder, summary, earlier)
     summary["status"] = "complete"
     _save(folder, summary)
     console = Console()
@@ -166,10 +191,11 @@ def _go_on(comparison: Comparison, folder: Path, summary: dict[str, Any], out: P
     return code
 
 
-def _train_all(comparison: Comparison, folder: Path, summary: dict[str, Any]) -> int:
+def _train_all(comparison: Comparison, folder: Path, summary: dict[str, Any], earlier: Mapping[str, str]) -> int:
+    train_earlier(earlier, folder)
     cells = comparison.cells()
     for number, (arm, seed) in enumerate(cells, 1):
-        found = _cell(comparison, arm, seed, folder, (number, len(cells)))
+        found = _cell(comparison, arm, seed, folder, (number, len(cells)), earlier)
         if summary:
             values = summary["comparison"]["values"]
             values[arm][str(seed)] = found
@@ -177,7 +203,9 @@ def _train_all(comparison: Comparison, folder: Path, summary: dict[str, Any]) ->
     return 0
 
 
-def _cell(comparison: Comparison, arm: str, seed: int, whole: Path, number: tuple[int, int]) -> dict[str, float | None]:
+def _cell(
+    comparison: Comparison, arm: str, seed: int, whole: Path, number: tuple[int, int], earlier: Mapping[str, str]
+) -> dict[str, float | None]:
     folder = whole / arm / str(seed)
     first = is_first_process()
     summary: dict[str, Any] = read_summary(folder) if (folder / SUMMARY).is_file() else {}
@@ -186,7 +214,7 @@ def _cell(comparison: Comparison, arm: str, seed: int, whole: Path, number: tupl
     if summary.get("status") == "complete" and not missing:
         return known
     job = comparison.job(arm, seed)
-    cli = job.parse(words_of(folder, None))
+    cli = job.parse(words_of(folder, earlier))
     if summary.get("status") in _TRAINED:
         cli.rehearse()
     else:

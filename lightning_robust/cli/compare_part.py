@@ -2,19 +2,19 @@
 """Understand the `compare` part of a recipe, and the options of the command line that change it."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from lightning_robust.cli.builder import COMPARE
+from lightning_robust.cli.builder import COMPARE, TEACHERS
 from lightning_robust.cli.errors import UsageError, did_you_mean
 from lightning_robust.cli.quantities import DEFAULT, QUANTITIES
 
-__all__ = ["PREFIX", "SHAPE", "Arm", "change", "checked", "quantities_of", "seeds_of", "split_changes"]
+__all__ = ["PREFIX", "SHAPE", "Arm", "change", "checked", "quantities_of", "seeds_of"]
 
 KEYS = ("seeds", "arms", "quantities")
+COMMON = ("seed_everything", "baseline", TEACHERS, COMPARE)
 PREFIX = f"--{COMPARE}"
 SHAPE = "Write it as compare: {seeds: [0, 1, 2], arms: {NAME: {what differs from the recipe}}}."
 _NAME = re.compile(r"[A-Za-z0-9][\w+-]*")
@@ -31,25 +31,6 @@ class Arm:
 
     overrides: dict[str, Any]
     changes: list[str] = field(default_factory=list)
-
-
-def split_changes(changes: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """The options of the command line for the `compare` part, with their values, and all others."""
-    own: list[tuple[str, str]] = []
-    shared: list[str] = []
-    rest = list(changes)
-    while rest:
-        word = rest.pop(0)
-        name, has_value, value = word.partition("=")
-        if name != PREFIX and not name.startswith(f"{PREFIX}."):
-            shared.append(word)
-        elif has_value:
-            own.append((name, value))
-        elif rest and not rest[0].startswith("--"):
-            own.append((name, rest.pop(0)))
-        else:
-            raise UsageError(f"{name} needs a value.")
-    return own, shared
 
 
 def checked(block: Any) -> dict[str, Any]:
@@ -73,7 +54,7 @@ def _check_arm(name: Any, value: Any) -> None:
         raise UsageError(f"`{name}` cannot be the name of an arm: use letters, digits and + - _ only.")
     if not isinstance(value, dict | None):
         raise UsageError(f"`{COMPARE}.arms.{name}` must be a mapping of what differs from the recipe ({{}}: nothing).")
-    if wrong := next((key for key in ("seed_everything", "baseline", COMPARE) if key in (value or {})), None):
+    if wrong := next((key for key in COMMON if key in (value or {})), None):
         raise UsageError(f"`{COMPARE}.arms.{name}` cannot change `{wrong}`: it is common to all arms.")
 
 
@@ -102,7 +83,7 @@ def change(block: dict[str, Any], arms: dict[str, Arm], option: str, value: str)
         hint = did_you_mean(name, arms) or f"It has: {', '.join(arms)}."
         add = f"Add one with: {PREFIX}.arms.{name} {{}}"
         raise UsageError(f"{option}: there is no arm called `{name}`.", hint, add)
-    elif rest == "seed_everything" or rest.partition(".")[0] in ("baseline", COMPARE):
+    elif rest.partition(".")[0] in COMMON:
         raise UsageError(f"{option}: `{rest}` is common to all arms.")
     else:
         arms[name].changes.append(f"--{rest}={value}")

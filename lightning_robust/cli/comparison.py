@@ -13,11 +13,11 @@ from lightning_robust.cli.compare_part import (
     checked,
     quantities_of,
     seeds_of,
-    split_changes,
 )
 from lightning_robust.cli.errors import UsageError
 from lightning_robust.cli.jobs import Job
 from lightning_robust.cli.overrides import difference, merged
+from lightning_robust.cli.substitute import take_option
 
 __all__ = ["Comparison"]
 
@@ -53,7 +53,7 @@ class Comparison:
             UsageError: If the part has the wrong shape, or does not go with something else in the recipe.
         """
         block = job.config.get(COMPARE)
-        own, shared = split_changes(job.changes)
+        own, shared = take_option(job.changes, PREFIX)
         if block is None:
             if own:
                 raise UsageError(f"{own[0][0]}: {job.name} compares nothing, it has no `{COMPARE}` part.", SHAPE)
@@ -106,6 +106,10 @@ class Comparison:
     def base(self) -> Job:
         """The recipe without its arms."""
         return Job(self.name, {**self.config, "seed_everything": self.seeds[0]}, self.changes)
+
+    def values(self) -> list[Any]:
+        """Everything in which a word in braces may stand."""
+        return [self.config, self.changes, *([arm.overrides, arm.changes] for arm in self.arms.values())]
 
     def _refuse(self) -> None:
         if not self.arms:

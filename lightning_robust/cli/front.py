@@ -34,7 +34,8 @@ RUN_USAGE = """lightning-robust run RECIPE [--out FOLDER] [--baseline RECIPE|non
   RECIPE                name of a recipe (lightning-robust list), or a YAML file
   --out FOLDER          where run folders go: FOLDER/<recipe>/<n>/ (default: runs)
   --baseline RECIPE     compare with this recipe instead of the one that the recipe names; `none` for no comparison
-  --fresh               train the baseline again even when an identical finished run exists
+  --teachers.NAME WHAT  recipe, run folder or checkpoint to learn from instead of the one that the recipe names
+  --fresh               train baseline and teachers again even when identical finished runs exist
   --resume RUN_FOLDER   continue a stopped run from its last checkpoint with its own configuration"""
 
 EVAL_USAGE = """lightning-robust eval RUN|CHECKPOINT|TIMM-NAME [--attack NAME] [--eps 8/255] [--norm linf] ...
@@ -58,6 +59,19 @@ EVAL_USAGE = """lightning-robust eval RUN|CHECKPOINT|TIMM-NAME [--attack NAME] [
   --plot                a picture, too
   --resume FOLDER       continue a killed evaluation"""
 
+CACHE_USAGE = """lightning-robust cache RECIPE --teacher TEACHER --out FOLDER [--view seeded] [--data.option VALUE] ...
+
+  RECIPE                recipe or run folder whose training set the teacher is asked about
+  --teacher TEACHER     run folder, file with weights, or timm:NAME
+  --teacher.OPTION VALUE                   one option of TeacherSource, for example --teacher.backbone resnet18
+  --out FOLDER          folder of the cache
+  --view fixed|seeded   images without augmentation, or the variants of --data.augment_variants N (default: fixed)
+  --top_k K             keep the K most probable classes and the label (default: all classes)
+  --dtype T             float16 or float32 (default: float16)
+  --batch_size N, --num_workers N          how to load
+  --devices N           processes that share the samples
+  --overwrite           replace a cache that is there"""
+
 CHANGES = """\
 Every value of a recipe can be changed by its path:
   --trainer.max_epochs 5              --model.backbone resnet18           --data.batch_size 64
@@ -76,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     # argparse would claim the options of a recipe for itself, so it sees only the name of these commands.
-    passes_on = bool(words) and words[0] in {"run", "check", "eval"} and not {"-h", "--help"} & set(words)
+    passes_on = bool(words) and words[0] in {"run", "check", "eval", "cache"} and not {"-h", "--help"} & set(words)
     options = parser.parse_args(words[:1] if passes_on else words)
     options.words = words[1:]
     if options.command is None:
@@ -139,9 +153,11 @@ def _add_commands(commands: Any) -> None:
     sub.add_argument("name", nargs="?", help="name of a class, for example SharpnessAware or SAM")
     text = "Build everything, run one batch, print the order of the step and its cost."
     command("check", _check, text, epilog=CHANGES, usage=CHECK_USAGE)
-    text = "Train a recipe (and the baseline that it names), evaluate, and compare."
+    text = "Train a recipe (and the baseline and teachers that it names), evaluate, and compare."
     command("run", _run, text, epilog=CHANGES, usage=RUN_USAGE)
     command("eval", _eval, "Attack a trained model on its test set and report what withstood.", usage=EVAL_USAGE)
+    text = "Ask a teacher about a training set once, and store what it says for later training."
+    command("cache", _cache, text, usage=CACHE_USAGE)
     sub = command("report", _report, "Table, and optionally a picture, of several runs side by side.")
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     sub.add_argument("--plot", type=Path, metavar="PNG", help="write a picture, and its numbers as CSV beside it")
@@ -219,6 +235,16 @@ def _eval(options: argparse.Namespace) -> int:
         from lightning_robust.cli.evaluation import evaluate_command
 
     return evaluate_command(options.words)
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from lightning_robust.cli.cache_arguments import parse_cache
+
+    parse_cache(options.words)
+    with _loading():
+        from lightning_robust.cli.cache import cache_command
+
+    return cache_command(options.words)
 
 
 def _loading() -> Status:

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be trained, and where: a run, the baseline that it names, and their folders."""
+"""What is to be trained: a recipe with the options of the command line that apply to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_robust.cli.arguments import Arguments
-from lightning_robust.cli.builder import RecipeCLI
-from lightning_robust.cli.errors import UsageError
-from lightning_robust.cli.folders import SUMMARY, claim_run_folder, read_summary, run_folders
+from lightning_robust.cli.builder import TEACHERS, RecipeCLI
+from lightning_robust.cli.errors import UsageError, did_you_mean
 from lightning_robust.cli.recipes import load_recipe
-from lightning_robust.cli.substitute import BASELINE, RUN, fill, shared_changes, uses
-from lightning_robust.cli.train import best_weights
+from lightning_robust.cli.substitute import BASELINE, RUN, fill, take_option, teacher_words, uses, word_of
 
-__all__ = ["Job", "Plan", "baseline_job", "main_job", "make_plan", "words_of"]
+__all__ = ["Job", "main_job"]
+
+_SHAPE = f"Write it as {TEACHERS}: {{NAME: RECIPE}}; {{NAME}} in braces then stands for its best checkpoint."
 
 
 @dataclass(frozen=True)
@@ -40,32 +39,6 @@ class Job:
         return RecipeCLI(fill(self.config, words or {}), fill(self.changes, words or {}))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What all processes of a run must agree on.
-
-    Args:
-        folder: Folder of the run.
-        baseline: Folder of the baseline; empty without one.
-        train_baseline: Whether the baseline has to be trained first.
-    """
-
-    folder: str
-    baseline: str = ""
-    train_baseline: bool = False
-
-
-def words_of(folder: str | Path, baseline: str | Path | None) -> dict[str, str]:
-    """What the words in braces stand for in a run.
-
-    Args:
-        folder: Folder of the run.
-        baseline: Folder of its baseline, if it has one.
-    """
-    words = {RUN: str(folder)}
-    return {**words, BASELINE: str(best_weights(Path(baseline)))} if baseline else words
-
-
 def main_job(arguments: Arguments) -> Job:
     """The training that the user asked for.
 
@@ -73,66 +46,37 @@ def main_job(arguments: Arguments) -> Job:
         arguments: What the user asked for.
 
     Raises:
-        UsageError: If the recipe needs a baseline and has none.
+        UsageError: If the recipe uses an earlier run that it does not name.
     """
     recipe = load_recipe(arguments.recipe)
     config = recipe.config()
     if arguments.baseline is not None:
         config["baseline"] = None if arguments.baseline == "none" else arguments.baseline
-    changes = list(arguments.changes)
+    chosen, changes = take_option(arguments.changes, f"--{TEACHERS}")
+    if config.get(TEACHERS) is not None or chosen:
+        config[TEACHERS] = _teachers(config.get(TEACHERS) or {}, chosen)
     if config.get("baseline") is None and uses(BASELINE, [config, changes]):
         raise UsageError(f"`{recipe.name}` uses {BASELINE}, so it needs a baseline; name one with --baseline RECIPE.")
+    known = [BASELINE, RUN, *(word_of(name) for name in config.get(TEACHERS) or {})]
+    for word in teacher_words([config.get("methods"), config.get("model"), config.get("compare")]):
+        if word not in known:
+            add = f"Name a teacher with: --{TEACHERS}.{word.strip('{}')} RECIPE"
+            raise UsageError(f"`{recipe.name}` uses {word}, which stands for nothing.", did_you_mean(word, known), add)
     return Job(recipe.name, config, changes)
 
 
-def baseline_job(job: Job) -> Job | None:
-    """The training of the baseline of another one, with the options that both share.
-
-    Args:
-        job: The training with a baseline.
-
-    Raises:
-        UsageError: If the baseline needs a baseline itself.
-    """
-    if job.config.get("baseline") is None:
-        return None
-    recipe = load_recipe(str(job.config["baseline"]))
-    config, changes = {**recipe.config(), "baseline": None}, shared_changes(job.changes)
-    if uses(BASELINE, [config, changes]):
-        raise UsageError(f"{recipe.name} needs a baseline itself, so it cannot be one.")
-    return Job(recipe.name, config, changes)
-
-
-def make_plan(job: Job, baseline: Job | None, root: Path, *, fresh: bool) -> Plan:
-    """Refuse what can be refused, then claim the folders.
-
-    Args:
-        job: The run.
-        baseline: Its baseline.
-        root: Folder that holds the run folders.
-        fresh: Train the baseline even when an identical finished run exists.
-
-    Raises:
-        CommandError: If something is refused, or a folder cannot be created.
-    """
-    # A mistake in the recipe must not show only after the baseline has been trained.
-    main = job.parse()
-    main.rehearse()
-    if main.config.evaluation.transfer is not None:
-        raise UsageError("`evaluation.transfer` is measured in a comparison only, a recipe with a `compare` part.")
-    if baseline is None:
-        return Plan(str(claim_run_folder(root, job.name)))
-    parsed = baseline.parse()
-    parsed.rehearse()
-    reused = None if fresh else _finished(root / baseline.name, parsed.fingerprint())
-    folder = reused or claim_run_folder(root, baseline.name)
-    return Plan(str(claim_run_folder(root, job.name)), str(folder), reused is None)
-
-
-def _finished(parent: Path, fingerprint: str) -> Path | None:
-    for folder in reversed(run_folders(parent)):
-        if (folder / SUMMARY).is_file() and best_weights(folder).is_file():
-            summary = read_summary(folder)
-            if summary.get("status") == "complete" and summary.get("fingerprint") == fingerprint:
-                return folder
-    return None
+def _teachers(given: Any, chosen: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The recipe of each teacher, with those that the command line names."""
+    if not isinstance(given, dict):
+        raise UsageError(f"`{TEACHERS}` must map names of your choice to recipes.", _SHAPE)
+    for option, value in chosen:
+        name = option.removeprefix(f"--{TEACHERS}").removeprefix(".")
+        if not name:
+            raise UsageError(f"{option}: change one teacher at a time, --{TEACHERS}.NAME RECIPE.")
+        given = {**given, name: value}
+    for name, value in given.items():
+        if not isinstance(name, str) or not name.isidentifier() or word_of(name) in (BASELINE, RUN):
+            raise UsageError(f"`{name}` cannot be the name of a teacher: use letters, digits and _ only.", _SHAPE)
+        if not isinstance(value, str):
+            raise UsageError(f"`{TEACHERS}.{name}` must be the name of a recipe but is {value}.", _SHAPE)
+    return dict(given)

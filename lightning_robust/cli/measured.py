@@ -4,19 +4,20 @@
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_robust.attacks import Attack, AutoAttack
 from lightning_robust.cli.builder import RecipeCLI
 from lightning_robust.cli.errors import CommandError
 from lightning_robust.cli.measure import loader_of
 from lightning_robust.cli.quantities import QUANTITIES
 from lightning_robust.cli.train import best_weights, last_weights, load_checkpoint
 from lightning_robust.data import ImageDataModule
-from lightning_robust.evaluation import linear_probe, quarter_turns
+from lightning_robust.evaluation import evaluate, linear_probe, quarter_turns
 from lightning_robust.guards import evaluation_mode
 from lightning_robust.metrics import (
     CalibrationError,
@@ -132,6 +133,24 @@ class _Measured:
             raise ValueError("there are no samples")
         return Outputs(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
+    @cached_property
+    def attack(self) -> Attack:
+        attack = self.cli.config_init.evaluation.attack
+        if attack is None:
+            raise ValueError("the recipe's `evaluation` has no attack")
+        return attack  # type: ignore[no-any-return]
+
+    def under(self, attack: Attack) -> float | None:
+        """Share of the test samples, or of the first `evaluation.max_attacked`, that are right clean and attacked."""
+        result = evaluate(
+            LogitsFunction(self.cli.model),
+            self.batches("test"),
+            attack=attack,
+            max_attacked=self.cli.config_init.evaluation.max_attacked,
+            device=self.device,
+        )
+        return result.robust_accuracy
+
     def probe(self) -> float:
         transfer = self.cli.config_init.evaluation.transfer
         if transfer is None:
@@ -170,6 +189,16 @@ def _best_accuracy(measured: _Measured) -> float | None:
     return found
 
 
+def _adv_accuracy(measured: _Measured) -> float | None:
+    return measured.under(measured.attack)
+
+
+def _autoattack(measured: _Measured) -> float | None:
+    own = measured.attack
+    norm: Any = getattr(own, "norm", "linf")
+    return measured.under(AutoAttack(eps=own.eps, norm=norm, mean=own.mean, std=own.std, bounds=own.bounds))
+
+
 def _streamed(metric: CalibrationError | NegativeLogLikelihood, measured: _Measured) -> float:
     metric.update(measured.test.logits, measured.test.labels)
     return float(metric.compute())
@@ -193,6 +222,8 @@ _HOW: dict[str, Callable[[_Measured], float | None]] = {
     "accuracy": _accuracy,
     "val_accuracy": _val_accuracy,
     "best_accuracy": _best_accuracy,
+    "adv_accuracy": _adv_accuracy,
+    "autoattack": _autoattack,
     "ece": lambda measured: _streamed(CalibrationError(n_bins=15, sync_on_compute=False), measured),
     "nll": lambda measured: _streamed(NegativeLogLikelihood(sync_on_compute=False), measured),
     "aurc": _aurc,

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT", "QUANTITIES", "Quantity"]
+__all__ = ["ATTACKED", "DEFAULT", "QUANTITIES", "Quantity"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ QUANTITIES = {
     "best_accuracy": Quantity(
         "best\nacc. %", 100, "test accuracy of the epoch that was best on the validation split", "higher"
     ),
+    "adv_accuracy": Quantity("adv.\nacc. %", 100, "accuracy under the attack of `evaluation`", "higher"),
+    "autoattack": Quantity(
+        "AA\n%", 100, "accuracy under AutoAttack (standard) with the budget of that attack", "higher"
+    ),
     "ece": Quantity("ECE\n%", 100, "calibration error, 15 bins", "lower"),
     "nll": Quantity("NLL", 1, "cross-entropy on the test split, whatever the training loss", "lower", digits=3),
     "aurc": Quantity(
@@ -60,4 +64,6 @@ QUANTITIES = {
     "seconds": Quantity("train\nsec.", 1, "seconds of training", "lower", digits=1),
 }
 
+#: What needs an attack in the `evaluation` of the recipe.
+ATTACKED = ("adv_accuracy", "autoattack")
 DEFAULT = ("accuracy", "ece", "nll", "aurc", "d_within", "r2", "probe")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lightning-robust run``: the baseline if there is one, the run itself, and the comparison."""
+"""``lightning-robust run``: the baseline and the teachers if there are any, the run itself, and the comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,25 @@ import yaml
 from rich.console import Console
 
 from lightning_robust.cli.arguments import Arguments
-from lightning_robust.cli.builder import RecipeCLI
+from lightning_robust.cli.builder import TEACHERS, RecipeCLI
 from lightning_robust.cli.compare import resume_comparison, start_comparison
 from lightning_robust.cli.comparison import Comparison
+from lightning_robust.cli.earlier import (
+    claim_earlier,
+    earlier_of,
+    earlier_runs,
+    finished_runs,
+    stood_in,
+    train_earlier,
+    words_of,
+)
 from lightning_robust.cli.errors import CommandError, UsageError
-from lightning_robust.cli.folders import CONFIG, SUMMARY, read_summary, write_json
-from lightning_robust.cli.jobs import Job, Plan, baseline_job, main_job, make_plan, words_of
+from lightning_robust.cli.folders import CONFIG, SUMMARY, claim_run_folder, read_summary, write_json
+from lightning_robust.cli.jobs import Job, main_job
 from lightning_robust.cli.launch import forget_plan, is_first_process, receive_plan, share_plan
 from lightning_robust.cli.measure import measure, measure_saved
 from lightning_robust.cli.quiet import hush
+from lightning_robust.cli.rehearsal import rehearse
 from lightning_robust.cli.report import INSTALL_PLOT, comparison_table, write_picture
 from lightning_robust.cli.train import latest_checkpoint, start_summary, train
 
@@ -43,39 +53,38 @@ def _start(arguments: Arguments) -> int:
     job = main_job(arguments)
     if (comparison := Comparison.of(job)) is not None:
         return start_comparison(comparison, arguments)
-    baseline = baseline_job(job)
     first = is_first_process()
-    if first:
-        plan = make_plan(job, baseline, arguments.out.resolve(), fresh=arguments.fresh)
-        share_plan(vars(plan), arguments.out)
-    else:
-        plan = Plan(**receive_plan(arguments.out))
-    folder = Path(plan.folder)
     summary: dict[str, Any] = {}
     if first:
-        summary = start_summary(job.name, job.parse(), folder, baseline=plan.baseline or None)
+        folder, earlier = _claim(job, arguments.out.resolve(), fresh=arguments.fresh)
+        share_plan({"folder": str(folder), "earlier": earlier}, arguments.out)
+        places: dict[str, Any] = dict(earlier)
+        baseline = places.pop("baseline", None)
+        summary = start_summary(job.name, job.parse(), folder, baseline=baseline, **{TEACHERS: places})
         _say(f"Run folder: {folder}")
-    if baseline is not None and plan.train_baseline:
-        _train_baseline(baseline, Path(plan.baseline), first)
-    elif baseline is not None and first:
-        _say(f"Baseline {baseline.name}: reusing {plan.baseline}, a finished run with the identical configuration.")
-    cli = job.parse(words_of(folder, plan.baseline))
-    if first and plan.baseline:
+    else:
+        plan = receive_plan(arguments.out)
+        folder, earlier = Path(plan["folder"]), plan["earlier"]
+    train_earlier(earlier, folder)
+    cli = job.parse(words_of(folder, earlier))
+    if first and earlier:
         _say(f"Training {job.name}")
     train(cli, folder, summary)
     return _conclude(cli, folder, summary) if first else 0
 
 
-def _train_baseline(job: Job, folder: Path, first: bool) -> None:
-    summary: dict[str, Any] = {}
-    if first:
-        _say(f"Training the baseline {job.name} in {folder}")
-        summary = start_summary(job.name, job.parse(), folder)
-    cli = job.parse(words_of(folder, None))
-    train(cli, folder, summary)
-    if first:
-        summary.update(status="complete", evaluation=measure(cli, folder))
-        write_json(folder / SUMMARY, summary)
+def _claim(job: Job, root: Path, *, fresh: bool) -> tuple[Path, dict[str, str]]:
+    """Refuse what can be refused, then claim the folders: of the run, and of what it stands on."""
+    earlier = earlier_runs(job)
+    found = finished_runs(earlier, root, fresh=fresh)
+    # A mistake in the recipe must not show only after the earlier runs have been trained.
+    with stood_in(earlier, found, [job.config, job.changes]) as words:
+        main = job.parse(words)
+        rehearse(main)
+    if main.config.evaluation.transfer is not None:
+        raise UsageError("`evaluation.transfer` is measured in a comparison only, a recipe with a `compare` part.")
+    places = claim_earlier(earlier, found, root)
+    return claim_run_folder(root, job.name), places
 
 
 def _resume(arguments: Arguments) -> int:
@@ -87,14 +96,16 @@ def _resume(arguments: Arguments) -> int:
     if summary.get("status") == "complete":
         raise UsageError(f"{folder} is complete; train it anew with: {again}")
     checkpoint = latest_checkpoint(folder)
-    if checkpoint is None:
+    if checkpoint is None and summary.get("status") != "waiting":
         raise UsageError(f"{folder} has no checkpoint to continue from; start again with: {again}")
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     job = Job(str(summary.get("recipe")), config, list(arguments.changes))
-    cli = job.parse(words_of(folder, summary.get("baseline")))
+    earlier = earlier_of(summary)
+    train_earlier(earlier, folder)
+    cli = job.parse(words_of(folder, earlier))
     first = is_first_process()
     if first:
-        _say(f"Continuing {folder} from {checkpoint.name}")
+        _say(f"Continuing {folder} from {checkpoint.name}" if checkpoint else f"Training {job.name}")
     train(cli, folder, summary, checkpoint=checkpoint)
     return _conclude(cli, folder, summary) if first else 0
 

@@ -1,10 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words in braces that a recipe may use as a value, and the options that a baseline shares."""
+"""Words in braces that a recipe may use as a value, and the options that earlier runs share."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["BASELINE", "RUN", "fill", "shared_changes", "uses"]
+from lightning_robust.cli.errors import UsageError
+
+__all__ = [
+    "BASELINE",
+    "RUN",
+    "fill",
+    "shared_changes",
+    "take_option",
+    "teacher_changes",
+    "teacher_words",
+    "uses",
+    "word_of",
+]
 
 BASELINE = "{baseline}"  # checkpoint with the best weights of the baseline
 RUN = "{run}"  # the run folder
@@ -13,7 +26,20 @@ RUN = "{run}"  # the run folder
 _PARTS = ("objective", "criterion")
 _OWN = ("methods", "baseline", *(f"model.{prefix}{part}" for prefix in ("", "init_args.") for part in _PARTS))
 
+#: A teacher has its own network and its own length of training as well.
+_OWN_OF_STUDENT = (*_OWN, "model", "monitor", "monitor_mode", "trainer.max_epochs", "trainer.max_steps", "compare")
+_WORD = re.compile(r"\{[A-Za-z_]\w*\}")
+
 T = TypeVar("T")
+
+
+def word_of(name: str) -> str:
+    """The word in braces that stands for the best checkpoint of an earlier run.
+
+    Args:
+        name: What the recipe calls it.
+    """
+    return f"{{{name}}}"
 
 
 def fill(value: T, words: Mapping[str, str]) -> T:
@@ -43,6 +69,25 @@ def uses(word: str, value: Any) -> bool:
     return bool(fill(value, {word: ""}) != value)
 
 
+def teacher_words(value: Any, key: str = "") -> list[str]:
+    """The words in braces that stand where a teacher is expected: under `teacher`, `robust_teacher`, `source`.
+
+    Args:
+        value: A nested structure.
+        key: The key that it stands under.
+
+    Example:
+        >>> teacher_words({"clean_teacher": "{clean}", "robust_teacher": {"source": "{robust}"}, "filename": "{epoch}"})
+        ['{clean}', '{robust}']
+    """
+    if isinstance(value, dict):
+        return [word for name, item in value.items() for word in teacher_words(item, str(name))]
+    if isinstance(value, list):
+        return [word for item in value for word in teacher_words(item, key)]
+    expected = key == "source" or key.endswith("teacher")
+    return [value] if expected and isinstance(value, str) and _WORD.fullmatch(value) else []
+
+
 def shared_changes(changes: Sequence[str]) -> list[str]:
     """The options of the command line that apply to the baseline too: all but those of the methods and the objective.
 
@@ -55,12 +100,64 @@ def shared_changes(changes: Sequence[str]) -> list[str]:
         >>> shared_changes(["--methods.sam.rho", "0.1", "--trainer.max_epochs=3", "--seed_everything", "1"])
         ['--trainer.max_epochs=3', '--seed_everything', '1']
     """
+    return _without(changes, _OWN)
+
+
+def teacher_changes(changes: Sequence[str]) -> list[str]:
+    """The options of the command line that apply to teachers too: those of data, hardware and seed.
+
+    Args:
+        changes: Options as they were given.
+
+    Example:
+        >>> teacher_changes(["--model.backbone", "resnet18", "--trainer.max_epochs=3", "--data.batch_size", "32"])
+        ['--data.batch_size', '32']
+    """
+    return _without(changes, _OWN_OF_STUDENT)
+
+
+def _without(changes: Sequence[str], own: Sequence[str]) -> list[str]:
     shared: list[str] = []
     keep = True
     for word in changes:
         if word.startswith("--"):
-            name = word.removeprefix("--").partition("=")[0]
-            keep = not any(name == own or name.startswith(f"{own}.") for own in _OWN)
+            keep = not _is_below(word.partition("=")[0], own)
         if keep:
             shared.append(word)
     return shared
+
+
+def _is_below(option: str, names: Sequence[str]) -> bool:
+    given = option.removeprefix("--")
+    return any(given == name or given.startswith(f"{name}.") for name in names)
+
+
+def take_option(changes: Sequence[str], prefix: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Split the options below a name, with their values, from all others.
+
+    Args:
+        changes: Options as they were given.
+        prefix: The name, with its dashes.
+
+    Raises:
+        UsageError: If one of them has no value.
+
+    Example:
+        >>> take_option(["--teachers.clean", "mine.yaml", "--threads=2"], "--teachers")
+        ([('--teachers.clean', 'mine.yaml')], ['--threads=2'])
+    """
+    taken: list[tuple[str, str]] = []
+    rest: list[str] = []
+    words = list(changes)
+    while words:
+        word = words.pop(0)
+        option, has_value, value = word.partition("=")
+        if not _is_below(option, [prefix.removeprefix("--")]):
+            rest.append(word)
+        elif has_value:
+            taken.append((option, value))
+        elif words and not words[0].startswith("--"):
+            taken.append((option, words.pop(0)))
+        else:
+            raise UsageError(f"{option} needs a value.")
+    return taken, rest

@@ -12,10 +12,10 @@ import timm
 import torch
 
 from lightning_robust.cli.builder import LINKED
+from lightning_robust.cli.earlier import earlier_of, words_of
 from lightning_robust.cli.errors import UsageError, did_you_mean
 from lightning_robust.cli.evaluations import EVALUATIONS
 from lightning_robust.cli.folders import CHECKPOINTS, CONFIG, SUMMARY, read_summary
-from lightning_robust.cli.jobs import words_of
 from lightning_robust.cli.recipes import load_recipe
 from lightning_robust.cli.substitute import fill
 from lightning_robust.cli.train import best_weights, latest_checkpoint
@@ -81,7 +81,7 @@ def _run(folder: Path, weights: Path | None) -> Target:
             f"{folder} has no {CONFIG}, which says what model and data it is about; put it back, or train anew with: "
             f"lightning-robust run {recipe}"
         )
-    config = fill(load_recipe(str(folder / CONFIG)).config(), words_of(folder, summary.get("baseline")))
+    config = fill(load_recipe(str(folder / CONFIG)).config(), words_of(folder, earlier_of(summary)))
     weights = weights or _weights(folder)
     accelerator = (config.get("trainer") or {}).get("accelerator", "auto")
     return Target(

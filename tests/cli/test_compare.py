@@ -261,7 +261,7 @@ REFUSED_OPTIONS = [
         ["--compare.arms.plain.seed_everything", "3"],
         "--compare.arms.plain.seed_everything: `seed_everything` is common",
     ),
-    (["--fresh"], "A comparison has no baseline, and trains all its arms: leave out --fresh."),
+    (["--fresh"], "This comparison has no teachers, and trains all its arms: leave out --fresh."),
     (["--seed_everything", "3"], "The seeds of a comparison are changed with: --compare.seeds [0,1,2]"),
     (["--baseline", "digits-standard"], "A recipe has a `baseline` or a `compare` part, not both"),
     (["--compares.seeds", "1"], "There is no option `compares.seeds`.\n  Did you mean `compare`?"),

@@ -129,7 +129,7 @@ def test_baseline_of_the_command_line(lr, tiny):
 def test_an_incomplete_or_unknown_baseline_is_refused_before_anything_is_written(lr, tiny):
     assert lr("run", tiny(baseline="nowhere")).code == 2
     assert lr("run", tiny(baseline="digits-distill")).lines[0] == (
-        "error: digits-distill needs a baseline itself, so it cannot be one."
+        "error: digits-distill learns from an earlier run itself, so it cannot be a baseline."
     )
     assert not Path("runs").exists()
 

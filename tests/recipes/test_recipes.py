@@ -9,11 +9,10 @@ import torch
 
 from lightning_robust.cli import main
 from lightning_robust.cli.builder import RecipeCLI
-from lightning_robust.cli.compare import parse_arm
 from lightning_robust.cli.comparison import Comparison
 from lightning_robust.cli.jobs import Job
 from lightning_robust.cli.recipes import bundled_recipes
-from lightning_robust.cli.substitute import BASELINE, fill
+from lightning_robust.cli.substitute import BASELINE, fill, word_of
 
 RECIPES = bundled_recipes()
 COMPARING = [name for name, recipe in RECIPES.items() if "compare" in recipe.config()]
@@ -36,7 +35,8 @@ CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
 
 @pytest.mark.parametrize("name", ORDINARY)
 def test_configuration_is_accepted_and_everything_can_be_built(name, tmp_path):
-    config = fill(RECIPES[name].config(), {BASELINE: "some.ckpt"})
+    config = RECIPES[name].config()
+    config = fill(config, dict.fromkeys((BASELINE, *map(word_of, config.get("teachers") or {})), "some.ckpt"))
     classes = CLASSES[name.partition("-")[0]]
     if name.startswith("imagenet"):
         for index in range(classes):
@@ -66,6 +66,19 @@ def test_digits_recipes_differ_from_their_baseline_in_the_methods_only(name):
         assert config[part] == standard[part]
 
 
+def test_missing_teachers_are_named_with_what_to_do(capsys, own_folder):
+    taught = [name for name in ORDINARY if name.startswith("cifar") and RECIPES[name].config().get("teachers")]
+    assert taught == ["cifar10-mtard", "cifar10-rslad", "cifar100-kd", "cifar100-mtard"]
+    for name in taught:
+        teachers = RECIPES[name].config()["teachers"]
+        assert main(["run", name]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        for line, (word, path) in zip(lines, teachers.items(), strict=False):
+            assert line.removeprefix("error:").strip() == f"`teachers.{word}`: there is no file {path}."
+        assert f"--teachers.{next(iter(teachers))}" in lines[-1]
+    assert not os.listdir(own_folder)
+
+
 @pytest.mark.parametrize("name", COMPARING)
 def test_every_arm_of_a_comparison_can_be_built_and_starts_from_the_same_weights(name):
     config = RECIPES[name].config()
@@ -74,7 +87,9 @@ def test_every_arm_of_a_comparison_can_be_built_and_starts_from_the_same_weights
     assert len(comparison.seeds) >= 3
     first = None
     for arm in comparison.arms:
-        weights = dict(parse_arm(comparison, arm).model.backbone.state_dict())
+        cli = comparison.job(arm, comparison.seeds[0]).parse()
+        cli.rehearse()
+        weights = dict(cli.model.backbone.state_dict())
         first = weights if first is None else first
         assert all(torch.equal(weights[key], first[key]) for key in first), arm
 
@@ -87,6 +102,7 @@ def test_the_comparisons_have_the_arms_that_they_promise():
         "cifar10-ls-vs-maxsup": ["ce", "ls", "maxsup"],
         "digits-label-noise": robust,
         "digits-ls-vs-maxsup": ["ce", "ls", "maxsup"],
+        "digits-mtard-vs-at": ["standard", "at", "rslad", "mtard-eccv", "mtard"],
     }
 
 
