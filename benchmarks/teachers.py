@@ -194,10 +194,11 @@ def compare_forms(
 ) -> None:
     """Print what the teacher's form changes."""
     data, forms = teacher_forms(network, batch, folder, args.steps + 1)
-    rounds = [
-        {name: data_seconds(student, data, args.batch_size, args.steps, make()) for name, make in forms.items()}
-        for _ in range(args.rounds + 1)
-    ][1:]
+    rounds = []
+    for turn in range(args.rounds + 1):
+        names = list(forms)[turn % len(forms) :] + list(forms)[: turn % len(forms)]  # none is always the first
+        rounds.append({name: data_seconds(student, data, args.batch_size, args.steps, forms[name]()) for name in names})
+    rounds = rounds[1:]
     for name in forms:
         ratio = statistics.median(seconds[name] / seconds["no teacher"] for seconds in rounds)
         print(f"{name:<14} {ratio:.3f} x a step without a teacher")

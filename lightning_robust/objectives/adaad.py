@@ -136,7 +136,8 @@ class AdaAD(TaughtObjective):
         scale = self.loss_factor * kl_scale(self.reduction, adv)
         robust = scale * teacher_divergences(adv, prepared.extra["teacher_adv"])
         natural = scale * teacher_divergences(clean, teacher)
-        samples = self.alpha * robust + (1 - self.alpha) * natural
+        # a term of weight 0 would cost its backward pass all the same
+        samples = robust if self.alpha == 1 else self.alpha * robust + (1 - self.alpha) * natural
         logs = {"robust": robust.detach().mean(), "natural": natural.detach().mean()}
         return ObjectiveOutput(samples.mean(), clean, logs, samples)
 

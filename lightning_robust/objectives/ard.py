@@ -150,7 +150,8 @@ class ARD(TaughtObjective):
         teacher = prepared.extra["teacher"]
         self.check_classes("teacher", teacher, adv)
         distilled, natural = _parts(clean, adv, teacher, prepared.y, self.temperature, self.reduction, self.loss_factor)
-        samples = self.alpha * distilled + (1 - self.alpha) * natural
+        # a term of weight 0 would cost its backward pass all the same
+        samples = distilled if self.alpha == 1 else self.alpha * distilled + (1 - self.alpha) * natural
         logs = {"distilled": distilled.detach().mean(), "natural": natural.detach().mean()}
         return ObjectiveOutput(samples.mean(), clean, logs, samples)
 

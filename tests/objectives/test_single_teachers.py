@@ -176,3 +176,15 @@ def test_float64_images():
         objective = make(other)
         objective.epoch_starts(1, 2)
         assert objective(net, objective.prepare(net, x, y)).loss.dtype == torch.float64, kind
+
+
+@pytest.mark.parametrize("kind", [ARD, AdaAD])
+@pytest.mark.parametrize(("alpha", "reached"), [(1.0, False), (0.5, True)])
+def test_a_clean_term_without_weight_costs_no_backward_pass(kind, alpha, reached):
+    model = torch.nn.Linear(4, 3)
+    attack = PGD(eps=0.1, steps=1, loss="ce" if kind is ARD else "kl", random_start="normal")
+    objective = kind(torch.nn.Linear(4, 3), alpha=alpha, attack=attack)
+    output = objective(model, objective.prepare(model, torch.rand(2, 4), torch.tensor([0, 2])))
+    (gradient,) = torch.autograd.grad(output.loss, output.logits, allow_unused=True)
+    assert (gradient is not None) == reached
+    assert output.logits.requires_grad  # what others add to the logits still trains
