@@ -13,6 +13,9 @@ from lightning_robust.sharpness import AWP
 from support.modules import CHANNELS, CLASSES, PlainModule, loader, network, trainer, weights_of
 from support.objectives import NAMES, build
 
+# the images of these tests all have labels, which a semi-supervised objective says
+pytestmark = pytest.mark.filterwarnings("ignore:No sample of epoch")
+
 
 def objective(name):
     torch.manual_seed(1)
