@@ -24,6 +24,7 @@ from lightning_robust.training import (
     loss_of,
     replace_loss,
 )
+from lightning_robust.training.context import logits_of_copy
 
 __all__ = ["MESA"]
 
@@ -129,10 +130,7 @@ class MESA(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # not earlier: the weights of the checkpoint, or those of the first process, are in place now
         self.average = WeightAverage(pl_module, decay=self.decay)
-        copied: Any = self.average.module
-        copied.trainer = trainer  # a forward may ask for the epoch
-        copied.log = copied.log_dict = _nothing
-        self._function = LogitsFunction(copied, self.logits_from)
+        self._function = logits_of_copy(self.average.module, trainer, self.logits_from)
         self._steps = trainer.global_step
         self._looked = False
         if self._restored:
@@ -192,7 +190,3 @@ class MESA(StepCallback):
                 "mixup and augmentation in the data set or in on_after_batch_transfer, so that both see the same."
             )
         return output
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None

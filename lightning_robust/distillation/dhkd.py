@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_robust.checks import check_choice, check_in_range, check_integer, check_positive
-from lightning_robust.distillation.feature_base import FeatureDistillationLoss, known
-from lightning_robust.distillation.uskd import known_classes, pooled
+from lightning_robust.checks import check_choice, check_in_range, check_positive
+from lightning_robust.distillation.head_base import HeadDistillationLoss
 from lightning_robust.losses import autocast_off, full_precision
 
 __all__ = ["DHKD", "align_gradients", "binary_kl", "binary_kl_norm"]
@@ -130,7 +129,7 @@ def conflict(product: Tensor, squared: Tensor) -> Tensor:
     return torch.where((product < 0) & share.isfinite(), share, 0)
 
 
-class DHKD(FeatureDistillationLoss):
+class DHKD(HeadDistillationLoss):
     r"""A second head on the student's features learns the teacher's logits, while the first learns the labels.
 
     .. math:: \frac{T^2}{B}\sum_{i,c} \mathrm{KL}\big(C(\tfrac12)\,\|\,C(\sigma((z'_{ic} - t_{ic})/T))\big)
@@ -172,6 +171,7 @@ class DHKD(FeatureDistillationLoss):
     """
 
     name: ClassVar[str] = "dhkd"
+    part: ClassVar[str] = "second head"
 
     def __init__(
         self,
@@ -184,36 +184,23 @@ class DHKD(FeatureDistillationLoss):
         num_classes: int | None = None,
         eps: float = 1e-8,
     ) -> None:
-        super().__init__([layer])
+        super().__init__(layer, width, num_classes)
         check_positive("temperature", temperature)
         check_choice("compare", compare, ("norm", "binary"))
         check_choice("head", head, ("linear", "nonlinear"))
         check_in_range("eps", eps, 0.0, 0.5)
-        for argument, size in (("width", width), ("num_classes", num_classes)):
-            if size is not None:
-                check_integer(argument, size, 1)
         self.temperature = temperature
         self.compare = compare
         self.form = head
         self.eps = eps
-        self._width, self._num_classes = width, num_classes
-        self.head: nn.Module | None = None
-        if width is not None and num_classes is not None:
-            self.build([width], [], num_classes)
+        self.build_if_told()
 
     @override
-    def build(
-        self, student_widths: Sequence[int | None], teacher_widths: Sequence[int | None], num_classes: int | None
-    ) -> None:
-        if self.head is not None:
-            return
-        width = known(self._width or student_widths[0], "width", "DHKD", self.student_layers[0])
-        classes = known_classes(self._num_classes or num_classes, "DHKD")
+    def make_head(self, width: int, num_classes: int) -> nn.Module:
         if self.form == "linear":
-            self.head = nn.Linear(width, classes)
-            return
+            return nn.Linear(width, num_classes)
         first = [nn.Linear(width, _HIDDEN), nn.Dropout(_DROPOUT), nn.BatchNorm1d(_HIDDEN), nn.ReLU()]
-        self.head = nn.Sequential(*first, nn.Linear(_HIDDEN, classes))
+        return nn.Sequential(*first, nn.Linear(_HIDDEN, num_classes))
 
     @override
     def forward(
@@ -227,11 +214,7 @@ class DHKD(FeatureDistillationLoss):
     ) -> Tensor:
         if teacher_logits is None:
             raise ValueError("DHKD compares a head with a teacher; pass `teacher_logits`.")
-        if self.head is None:
-            raise ValueError("The second head of DHKD is not built; set `width` and `num_classes`.")
-        feature = pooled(self.one_feature(student_features))
-        with autocast_off(feature):
-            logits = self.head(feature.to(next(self.head.parameters()).dtype))
+        logits = self.head_logits(student_features)
         function = binary_kl_norm if self.compare == "norm" else binary_kl
         return function(logits, teacher_logits.detach(), self.temperature, eps=self.eps)
 

@@ -110,23 +110,6 @@ class FeatureCosine(PairedFeatures):
 
     name: ClassVar[str] = "feature_cosine"
 
-    def __init__(
-        self,
-        student_layer: Layers = None,
-        teacher_layer: Layers = None,
-        *,
-        projector: bool = False,
-        student_width: Widths = None,
-        teacher_width: Widths = None,
-    ) -> None:
-        super().__init__(
-            student_layer,
-            teacher_layer,
-            projector=projector,
-            student_width=student_width,
-            teacher_width=teacher_width,
-        )
-
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         return cosine_distance(*self.fitting(student, teacher)).mean()
@@ -170,23 +153,6 @@ class FeatureAngle(PairedFeatures):
     """
 
     name: ClassVar[str] = "feature_angle"
-
-    def __init__(
-        self,
-        student_layer: Layers = None,
-        teacher_layer: Layers = None,
-        *,
-        projector: bool = False,
-        student_width: Widths = None,
-        teacher_width: Widths = None,
-    ) -> None:
-        super().__init__(
-            student_layer,
-            teacher_layer,
-            projector=projector,
-            student_width=student_width,
-            teacher_width=teacher_width,
-        )
 
     @override
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

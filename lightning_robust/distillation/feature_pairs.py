@@ -25,8 +25,8 @@ class PairedFeatures(FeatureDistillationLoss):
 
     def __init__(
         self,
-        student_layer: Layers,
-        teacher_layer: Layers,
+        student_layer: Layers = None,
+        teacher_layer: Layers = None,
         *,
         projector: bool = False,
         student_width: Widths = None,

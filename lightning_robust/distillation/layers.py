@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_robust.guards import TransientHook
 
-__all__ = ["LayerOutputs", "check_layers", "classifier_sizes", "layer_width", "own_layers"]
+__all__ = ["LayerOutputs", "check_layers", "classifier_sizes", "layer_width", "named_classifiers", "own_layers"]
 
 _CALLS = 64  # remembered per layer: an attack calls the network often
 
@@ -166,6 +166,21 @@ def check_layers(network: nn.Module, layers: Sequence[str], owner: str) -> None:
         )
 
 
+def named_classifiers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers that timm's ``get_classifier()`` names, of the network and of networks inside of it.
+
+    Args:
+        module: The network, or a module that holds it.
+    """
+    said: list[Any] = []
+    for child in (module, *own_layers(module).values()):
+        named: Any = getattr(child, "get_classifier", None)
+        if callable(named):
+            layer = named()
+            said += layer if isinstance(layer, tuple) else (layer,)  # distilled networks have two
+    return [layer for layer in said if isinstance(layer, nn.Module)]
+
+
 def classifier_of(module: nn.Module) -> nn.Module | None:
     """Return the layer that makes the logits; ``None`` if that cannot be read off.
 
@@ -173,13 +188,8 @@ def classifier_of(module: nn.Module) -> nn.Module | None:
         module: The network, or a module that holds it: what timm's ``get_classifier()`` names, else its linear layer if
             it is the only one.
     """
-    said: list[Any] = []
-    layers = list(own_layers(module).values())
-    for child in (module, *layers):
-        named: Any = getattr(child, "get_classifier", None)
-        if callable(named):
-            said.append(named())
-    candidates = said or [child for child in (module, *layers) if isinstance(child, nn.Linear)]
+    layers = (module, *own_layers(module).values())
+    candidates = named_classifiers(module) or [child for child in layers if isinstance(child, nn.Linear)]
     different = {id(layer): layer for layer in candidates}
     found = next(iter(different.values())) if len(different) == 1 else None
     return found if isinstance(found, nn.Linear | nn.Conv2d) else None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_robust.checks import check_in_range, check_integer, check_non_negative
-from lightning_robust.distillation.feature_base import FeatureDistillationLoss, known
+from lightning_robust.checks import check_in_range, check_non_negative
+from lightning_robust.distillation.head_base import HeadDistillationLoss
 from lightning_robust.losses import autocast_off, full_precision
 
 __all__ = ["USKD", "uskd_loss"]
@@ -128,7 +128,7 @@ def _refuse(student: Tensor, weak: Tensor, target: Tensor) -> None:
         raise ValueError(f"Expected a class besides the labels but the logits have only {student.shape[1]} classes.")
 
 
-class USKD(FeatureDistillationLoss):
+class USKD(HeadDistillationLoss):
     r"""Self-distillation without a teacher: soft labels from the student's logits and from a weak head on a layer.
 
     .. math:: \frac1B\sum_i \Big[ -\alpha\,\big(p_{iy}^2 + 1 - \overline{p_y^2}\big) \log p_{iy}
@@ -170,6 +170,7 @@ class USKD(FeatureDistillationLoss):
     """
 
     name: ClassVar[str] = "uskd"
+    part: ClassVar[str] = "weak head"
     needs_target: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = False
 
@@ -185,30 +186,20 @@ class USKD(FeatureDistillationLoss):
         width: int | None = None,
         num_classes: int | None = None,
     ) -> None:
-        super().__init__([layer])
+        super().__init__(layer, width, num_classes)
         for argument, factor in (("alpha", alpha), ("beta", beta), ("mu", mu)):
             check_non_negative(argument, factor)
         check_in_range("label_smoothing", label_smoothing, 0.0, 1.0)
-        for argument, size in (("width", width), ("num_classes", num_classes)):
-            if size is not None:
-                check_integer(argument, size, 1)
         self.alpha = alpha
         self.beta = beta
         self.mu = mu
         self.label_smoothing = label_smoothing
         self.log_ranks = log_ranks
-        self._width, self._num_classes = width, num_classes
-        self.head: nn.Linear | None = None
-        if width is not None and num_classes is not None:
-            self.build([width], [], num_classes)
+        self.build_if_told()
 
     @override
-    def build(
-        self, student_widths: Sequence[int | None], teacher_widths: Sequence[int | None], num_classes: int | None
-    ) -> None:
-        if self.head is None:
-            width = known(self._width or student_widths[0], "width", "USKD", self.student_layers[0])
-            self.head = nn.Linear(width, known_classes(self._num_classes or num_classes, "USKD"))
+    def make_head(self, width: int, num_classes: int) -> nn.Module:
+        return nn.Linear(width, num_classes)
 
     @override
     def forward(
@@ -222,14 +213,9 @@ class USKD(FeatureDistillationLoss):
     ) -> Tensor:
         if target is None:
             raise ValueError("USKD needs the labels of the samples; pass `target`.")
-        if self.head is None:
-            raise ValueError("The weak head of USKD is not built; set `width` and `num_classes`.")
-        feature = pooled(self.one_feature(student_features))
-        with autocast_off(feature):
-            weak = self.head(feature.to(self.head.weight.dtype))
         return uskd_loss(
             student_logits,
-            weak,
+            self.head_logits(student_features),
             target,
             alpha=self.alpha,
             beta=self.beta,
@@ -237,17 +223,3 @@ class USKD(FeatureDistillationLoss):
             label_smoothing=self.label_smoothing,
             log_ranks=self.log_ranks,
         )
-
-
-def pooled(feature: Tensor) -> Tensor:
-    """The mean of a map ``[B, D, H, W]``, the class token of tokens ``[B, N, D]``; ``[B, D]``."""
-    if feature.ndim == 2:
-        return feature
-    return feature[:, 0] if feature.ndim == 3 else feature.flatten(2).mean(2)
-
-
-def known_classes(num_classes: int | None, who: str) -> int:
-    """Return the number of classes that a head needs, or refuse to guess it."""
-    if num_classes is None:
-        raise ValueError(f"{who} cannot read off how many classes the student has; set `num_classes`.")
-    return num_classes

@@ -13,6 +13,7 @@ from lightning_robust.losses import autocast_off, full_precision
 from lightning_robust.objectives.adversarial_cross_entropy import AdversarialCrossEntropy
 from lightning_robust.objectives.base import Objective
 from lightning_robust.objectives.targets import SoftTargets
+from lightning_robust.objectives.taught import Taught
 
 __all__ = ["LTD", "ltd_targets"]
 
@@ -36,7 +37,7 @@ def ltd_targets(teacher_logits: Tensor, temperature: float = 5.0) -> Tensor:
         return (full_precision(teacher_logits.detach()) / temperature).softmax(1)
 
 
-class LTD(SoftTargets):
+class LTD(Taught, SoftTargets):
     r"""Adversarial training towards the soft labels of a naturally trained teacher.
 
     .. math:: y' = \mathrm{softmax}\big(t(x) / \tau\big)
@@ -91,32 +92,11 @@ class LTD(SoftTargets):
         )
         check_positive("temperature", temperature)
         self.temperature = temperature
-        #: The teacher; no module, so that its weights are nobody else's.
         self.teachers = TeacherBank({"teacher": teacher}, cacheable=("teacher",))
-
-    @property
-    @override
-    def needs_index(self) -> bool:
-        return self.teachers.needs_index or super().needs_index
-
-    @override
-    def ready(self, num_classes: int | None = None, in_chans: int | None = None) -> None:
-        super().ready(num_classes, in_chans)
-        self.teachers.build(num_classes=num_classes, in_chans=in_chans)
 
     @override
     def targets(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        return ltd_targets(self.teachers.ask("teacher", x, index=self.running.index), self.temperature)
-
-    @override
-    def get_extra_state(self) -> dict[str, dict[str, str]]:
-        """The fingerprint of the teacher; a checkpoint holds no more of it."""
-        return self.teachers.state_dict()
-
-    @override
-    def set_extra_state(self, state: dict[str, dict[str, str]]) -> None:
-        """Remember the fingerprint, which is compared when training goes on."""
-        self.teachers.load_state_dict(state)
+        return ltd_targets(self.ask("teacher", x), self.temperature)
 
     @override
     def extra_repr(self) -> str:

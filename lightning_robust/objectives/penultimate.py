@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_robust.distillation import LayerOutputs
+from lightning_robust.distillation.layers import named_classifiers
 from lightning_robust.guards import TransientHook
 
 __all__ = ["Penultimate"]
@@ -100,12 +101,7 @@ def _no_features() -> None:
 
 
 def _classifiers(network: nn.Module, owner: str) -> list[nn.Module]:
-    said: list[nn.Module] = []
-    for child in network.modules():
-        if callable(getattr(child, "get_classifier", None)):
-            layer = child.get_classifier()  # type: ignore[operator]
-            said += [each for each in (layer if isinstance(layer, tuple) else (layer,)) if isinstance(each, nn.Module)]
-    found = [layer for layer in said if not isinstance(layer, nn.Identity)]
+    found = [layer for layer in named_classifiers(network) if not isinstance(layer, nn.Identity)]
     found = found or [child for child in network.modules() if isinstance(child, nn.Linear)]
     if not found:
         raise ValueError(

@@ -8,34 +8,28 @@ from typing_extensions import override
 
 from lightning_robust.attacks import Attack
 from lightning_robust.distillation import Source, TeacherBank
-from lightning_robust.objectives.base import AttackedObjective
+from lightning_robust.objectives.base import AttackedObjective, Objective
 
-__all__ = ["TaughtObjective"]
+__all__ = ["Taught", "TaughtObjective"]
 
 
-class TaughtObjective(AttackedObjective):
-    """An objective with an attack and frozen teachers, which no checkpoint, optimizer or weight average holds.
+class Taught(Objective):
+    """An objective with frozen teachers, which no checkpoint, optimizer or weight average holds; stands before its kin.
 
     A checkpoint has the teachers' fingerprints, and training refuses to resume with others.
-
-    Args:
-        attack: finds the attacked images.
-        teachers: what each teacher is built from, by the name that messages use.
-        cacheable: names of the teachers that only see the clean images of the batch.
     """
 
-    def __init__(self, attack: Attack, teachers: Mapping[str, Source], *, cacheable: Collection[str] = ()) -> None:
-        super().__init__(attack)
-        #: The teachers; no module, so that their weights are nobody else's.
-        self.teachers = TeacherBank(teachers, cacheable=cacheable)
+    #: The teachers; no module, so that their weights are nobody else's.
+    teachers: TeacherBank
 
     @property
     @override
     def needs_index(self) -> bool:
-        return self.teachers.needs_index
+        return self.teachers.needs_index or super().needs_index
 
     @override
     def ready(self, num_classes: int | None = None, in_chans: int | None = None) -> None:
+        super().ready(num_classes, in_chans)
         self.teachers.build(num_classes=num_classes, in_chans=in_chans)
 
     def ask(self, name: str, x: Tensor, *, input_grad: bool = False) -> Tensor:
@@ -75,3 +69,17 @@ class TaughtObjective(AttackedObjective):
     def set_extra_state(self, state: dict[str, dict[str, str]]) -> None:
         """Remember the fingerprints, which are compared when training goes on."""
         self.teachers.load_state_dict(state)
+
+
+class TaughtObjective(Taught, AttackedObjective):
+    """An objective with an attack and frozen teachers.
+
+    Args:
+        attack: finds the attacked images.
+        teachers: what each teacher is built from, by the name that messages use.
+        cacheable: names of the teachers that only see the clean images of the batch.
+    """
+
+    def __init__(self, attack: Attack, teachers: Mapping[str, Source], *, cacheable: Collection[str] = ()) -> None:
+        super().__init__(attack)
+        self.teachers = TeacherBank(teachers, cacheable=cacheable)

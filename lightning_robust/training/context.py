@@ -18,7 +18,7 @@ from lightning_robust.training.quiet import QuietGate
 if TYPE_CHECKING:
     from lightning_robust.training.callback import StepCallback
 
-__all__ = ["RunStep", "StepContext", "derive_seed"]
+__all__ = ["RunStep", "StepContext", "derive_seed", "logits_of_copy"]
 
 RunStep = Callable[[Any], Any]
 
@@ -156,15 +156,27 @@ class _QuietLogits:
 
     def on(self, copied: nn.Module) -> Callable[[Tensor], Tensor]:
         """The same map on a copy of the module, an average of its weights say."""
-        follower: Any = copied
-        if isinstance(self.module, L.LightningModule):
-            follower.trainer = self.module.trainer  # a forward may ask for the epoch
-            follower.log = follower.log_dict = _nothing
-        return LogitsFunction(copied, self._function.logits_from)
+        trainer = self.module.trainer if isinstance(self.module, L.LightningModule) else None
+        return logits_of_copy(copied, trainer, self._function.logits_from)
 
     def __call__(self, x: Tensor) -> Tensor:
         with self._gate.silence():
             return self._function(x)
+
+
+def logits_of_copy(copied: nn.Module, trainer: L.Trainer | None, logits_from: str | None) -> LogitsFunction:
+    """The map ``x -> logits`` of a copy of the module in training, which logs nothing.
+
+    Args:
+        copied: the copy.
+        trainer: the Trainer of the module, which a forward may ask for the epoch; ``None`` for a plain module.
+        logits_from: dotted name of the sub-module whose output is the logits.
+    """
+    if trainer is not None:
+        follower: Any = copied
+        follower.trainer = trainer
+        follower.log = follower.log_dict = _nothing
+    return LogitsFunction(copied, logits_from)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_robust.distillation.layers import own_layers
+from lightning_robust.distillation.layers import named_classifiers, own_layers
 from lightning_robust.guards import TransientHook
 
 __all__ = ["FeatureCapture", "FeaturesNotCaptured"]
@@ -172,15 +172,8 @@ def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def _classifiers(module: nn.Module) -> dict[str, nn.Module]:
     """What timm's networks inside the module say their classifiers are."""
-    said = []
-    own = own_layers(module)
-    for child in (module, *own.values()):
-        if callable(getattr(child, "get_classifier", None)):
-            network: Any = child
-            layer = network.get_classifier()
-            said += list(layer) if isinstance(layer, tuple) else [layer]
-    layers = {id(layer) for layer in said if isinstance(layer, nn.Module) and not isinstance(layer, nn.Identity)}
-    return {name: child for name, child in own.items() if id(child) in layers}
+    layers = {id(layer) for layer in named_classifiers(module) if not isinstance(layer, nn.Identity)}
+    return {name: child for name, child in own_layers(module).items() if id(child) in layers}
 
 
 def pooled(value: Any) -> Tensor | None:
