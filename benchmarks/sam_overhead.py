@@ -15,6 +15,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import timm
@@ -77,7 +78,13 @@ def sgd(net: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def lightning_seconds(net: torch.nn.Module, batch: Batch, steps: int, callbacks: list[L.Callback]) -> float:
-    """Fastest step of a short fit."""
+    """Fastest step of a short fit on one batch."""
+    batches = [batch] * (steps + 1)  # a list by itself would be taken for several loaders
+    return fit_seconds(net, DataLoader(batches, batch_size=None), callbacks)
+
+
+def fit_seconds(net: torch.nn.Module, loader: DataLoader[Any], callbacks: list[L.Callback]) -> float:
+    """Fastest step of a fit over a loader, after the first."""
     watch = Stopwatch()
     trainer = L.Trainer(
         max_epochs=1,
@@ -88,8 +95,7 @@ def lightning_seconds(net: torch.nn.Module, batch: Batch, steps: int, callbacks:
         accelerator="cpu",
         callbacks=[watch, *callbacks],
     )
-    batches = [batch] * (steps + 1)  # a list by itself would be taken for several loaders
-    trainer.fit(Classifier(net), DataLoader(batches, batch_size=None))
+    trainer.fit(Classifier(net), loader)
     return min(watch.seconds[1:])
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import lightning as L
 import timm
 import torch
-from sam_overhead import Batch, Classifier, Stopwatch, bare_seconds, lightning_seconds
+from sam_overhead import Batch, bare_seconds, fit_seconds, lightning_seconds
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_robust.attacks import PGD
@@ -127,22 +127,6 @@ def teacher_forms(
     }
 
 
-def data_seconds(net: torch.nn.Module, data: TensorDataset, size: int, steps: int, callback: L.Callback) -> float:
-    """Fastest step of a short fit over a data set, by whose positions a cache is asked."""
-    watch = Stopwatch()
-    trainer = L.Trainer(
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        callbacks=[watch, callback],
-    )
-    trainer.fit(Classifier(net), DataLoader(data, batch_size=size))
-    return min(watch.seconds[1:])
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -197,7 +181,9 @@ def compare_forms(
     rounds = []
     for turn in range(args.rounds + 1):
         names = list(forms)[turn % len(forms) :] + list(forms)[: turn % len(forms)]  # none is always the first
-        rounds.append({name: data_seconds(student, data, args.batch_size, args.steps, forms[name]()) for name in names})
+        rounds.append(
+            {name: fit_seconds(student, DataLoader(data, args.batch_size), [forms[name]()]) for name in names}
+        )
     rounds = rounds[1:]
     for name in forms:
         ratio = statistics.median(seconds[name] / seconds["no teacher"] for seconds in rounds)

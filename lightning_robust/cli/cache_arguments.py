@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from lightning_robust.cli.errors import UsageError, did_you_mean
+from lightning_robust.cli.errors import UsageError
+from lightning_robust.cli.options import integer, read_options
 
 __all__ = ["CacheArguments", "parse_cache"]
 
@@ -50,28 +51,17 @@ def parse_cache(words: Sequence[str]) -> CacheArguments:
     Raises:
         UsageError: If something is missing, unknown or no number.
     """
-    values: dict[str, str] = {}
+    shown = [*_PASSED_ON, "teacher.", "data.", "trainer."]
+    passed_on = [*_PASSED_ON, "teacher"]
+    found = read_options(words, values=_VALUES, flags=_FLAGS, passed_on=passed_on, shown=shown)
     teacher: dict[str, Any] = {}
-    recipes: list[str] = []
     changes: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, given, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            recipes.append(word)
-        elif name in _FLAGS:
-            values[name] = "yes"
-        elif name in _VALUES:
-            values[name] = value if given else _following(rest, name)
-        elif name.startswith("teacher."):
-            teacher[name.removeprefix("teacher.")] = _plain(name, value if given else _following(rest, name))
-        elif name.partition(".")[0] in _PASSED_ON:
-            changes += [f"--{name}", value if given else _following(rest, name)]
+    for name, value in found.passed_on:
+        if name.startswith("teacher."):
+            teacher[name.removeprefix("teacher.")] = _plain(name, value)
         else:
-            known = [*_VALUES, *_FLAGS, *_PASSED_ON, "teacher.", "data.", "trainer."]
-            raise UsageError(f"There is no option --{name}.", did_you_mean(name, known))
-    return _understood(recipes, changes, values, teacher)
+            changes += [f"--{name}", value]
+    return _understood(found.plain, changes, found.values, teacher)
 
 
 def _understood(
@@ -85,9 +75,8 @@ def _understood(
         if name not in values:
             raise UsageError(f"--{name} is missing. For example: {example}")
     options: dict[str, Any] = {name: values[name] for name in ("view", "dtype") if name in values}
-    for name in _COUNTS:
-        if name in values:
-            options[name] = _count(name, values[name])
+    counts = {name: integer(values, name, 0 if name == "num_workers" else 1) for name in _COUNTS}
+    options |= {name: count for name, count in counts.items() if count is not None}
     devices = options.pop("devices", 1)
     return CacheArguments(
         recipe=recipes[0],
@@ -100,21 +89,8 @@ def _understood(
     )
 
 
-def _following(rest: list[str], name: str) -> str:
-    if not rest or rest[0].startswith("--"):
-        raise UsageError(f"--{name} needs a value.")
-    return rest.pop(0)
-
-
 def _plain(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"The value of --{name} cannot be read: {text}") from error
-
-
-def _count(name: str, text: str) -> int:
-    low = 0 if name == "num_workers" else 1
-    if not text.isdecimal() or int(text) < low:
-        raise UsageError(f"Expected --{name} to be an integer >= {low} but got {text}.")
-    return int(text)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from lightning_robust.cli.errors import UsageError, did_you_mean
+from lightning_robust.cli.errors import UsageError
+from lightning_robust.cli.options import integer, read_options
 
 __all__ = ["ATTACK", "EvalArguments", "parse_eval"]
 
@@ -62,25 +63,10 @@ def parse_eval(words: Sequence[str]) -> EvalArguments:
     Raises:
         UsageError: If something is missing, unknown or no number.
     """
-    values: dict[str, str] = {}
-    targets: list[str] = []
-    changes: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, given, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            targets.append(word)
-        elif name in _FLAGS:
-            values[name] = "yes"
-        elif name in _VALUES:
-            values[name] = value if given else _following(rest, name)
-        elif name.partition(".")[0] in _PASSED_ON:
-            changes += _passed_on(name, value if given else _following(rest, name))
-        else:
-            known = [*_VALUES, *_FLAGS, "data", "model.", "trainer.", "attack.", "threads"]
-            raise UsageError(f"There is no option --{name}.", did_you_mean(name, known))
-    return _understood(targets, changes, values)
+    shown = ["data", "model.", "trainer.", "attack.", "threads"]
+    found = read_options(words, values=_VALUES, flags=_FLAGS, passed_on=_PASSED_ON, shown=shown)
+    changes = [word for name, value in found.passed_on for word in _passed_on(name, value)]
+    return _understood(found.plain, changes, found.values)
 
 
 def _understood(targets: list[str], changes: list[str], values: dict[str, str]) -> EvalArguments:
@@ -104,22 +90,16 @@ def _understood(targets: list[str], changes: list[str], values: dict[str, str]) 
         attack=values.get("attack"),
         eps=_number(values, "eps"),
         norm=values.get("norm"),
-        samples=_integer(values, "samples", 1),
+        samples=integer(values, "samples", 1),
         out=Path(values["out"]) if "out" in values else None,
         resume=None if resume is None else Path(resume),
         checks=_choice(values, "checks", ("quick", "full", "none"), "quick"),
-        seed=_integer(values, "seed", 0),
+        seed=integer(values, "seed", 0),
         split=_choice(values, "split", ("test", "val"), "test") or "test",
-        devices=_integer(values, "devices", 1),
+        devices=integer(values, "devices", 1),
         craft_dtype=_choice(values, "craft_dtype", ("bfloat16", "float16", "none"), "none"),
         plot="plot" in values,
     )
-
-
-def _following(rest: list[str], name: str) -> str:
-    if not rest or rest[0].startswith("--"):
-        raise UsageError(f"--{name} needs a value.")
-    return rest.pop(0)
 
 
 def _passed_on(name: str, value: str) -> list[str]:
@@ -143,14 +123,6 @@ def _number(values: dict[str, str], name: str) -> float | None:
     if isinstance(number, str) or not 0 <= number < float("inf"):
         raise UsageError(f"Expected --{name} to be a number >= 0 such as 0.1 or 8/255 but got {values[name]}.")
     return number
-
-
-def _integer(values: dict[str, str], name: str, low: int) -> int | None:
-    if name not in values:
-        return None
-    if not values[name].isdecimal() or int(values[name]) < low:
-        raise UsageError(f"Expected --{name} to be an integer >= {low} but got {values[name]}.")
-    return int(values[name])
 
 
 def _choice(values: dict[str, str], name: str, choices: tuple[str, ...], default: str) -> str | None:
